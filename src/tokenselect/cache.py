@@ -1,0 +1,240 @@
+"""KV cache layer for Transformers: raw keys in a buffer that grows geometrically, so a step copies only its own tokens."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from tokenselect.ops.paging import PageTable
+from tokenselect.ops.reference import rotate
+from tokenselect.selection import SelectionState
+
+_GROWTH = 1.5
+_LEAST_CAPACITY = 256
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Owner:
+    """Who filled a cache: raw keys mean nothing to a model that rotates them itself."""
+
+    active: bool = True
+    plan: Any = None  # of the forward pass that runs; see integrations.transformers
+    reserve: int = 0  # tokens that are known to come
+
+
+@dataclass(slots=True)
+class RotatedKeys:
+    """Keys rotated at their own positions, kept while a context is within the budget.
+
+    Attributes:
+        buffer: [B, Hkv, capacity, D].
+        length: how many are filled.
+        table: identity of the rotations used.
+    """
+
+    buffer: Tensor
+    table: object
+    length: int = 0
+
+
+@dataclass(slots=True)
+class _Buffers:
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+    states: list[SelectionState] = field(default_factory=list)
+
+
+class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys before rotary embedding, and values, of one layer: [B, Hkv, capacity, D], one row per token.
+
+    Args:
+        owner: shared by the layers of a cache.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+        self.rotated: RotatedKeys | None = None
+        self._own: _Buffers | None = None
+        self.is_initialized = False
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[B, Hkv, length, D] raw keys, a view."""
+        return None if self._own is None else self._own.keys[:, :, : self._own.length]
+
+    @property
+    def values(self) -> Tensor | None:
+        """[B, Hkv, length, D] values, a view."""
+        return None if self._own is None else self._own.values[:, :, : self._own.length]
+
+    @property
+    def states(self) -> list[SelectionState]:
+        """What the layer remembers of each sequence of the batch."""
+        return [] if self._own is None else self._own.states
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the buffers on first use."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, heads, _, dim = key_states.shape
+        capacity = max(_LEAST_CAPACITY, self.owner.reserve, key_states.shape[2])
+        self._own = _Buffers(
+            key_states.new_empty(batch, heads, capacity, dim),
+            value_states.new_empty(batch, heads, capacity, value_states.shape[3]),
+            states=[SelectionState() for _ in range(batch)],
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append tokens.
+
+        Args:
+            key_states: [B, Hkv, T, D] raw keys.
+            value_states: [B, Hkv, T, D].
+
+        Returns:
+            Views of all keys and values so far.
+
+        Raises:
+            RuntimeError: TokenSelect was left: the model now rotates keys itself and cannot use this cache.
+        """
+        if not self.owner.active:
+            raise RuntimeError(
+                "this cache was filled under TokenSelect and holds raw keys: use it inside TokenSelect, or start a new one"
+            )
+        if self._own is None:
+            self.lazy_initialization(key_states, value_states)
+        own = self._own
+        assert own is not None
+        end = own.length + key_states.shape[2]
+        self._grow(own, end)
+        own.keys[:, :, own.length : end] = key_states
+        own.values[:, :, own.length : end] = value_states
+        own.length = end
+        return own.keys[:, :, :end], own.values[:, :, :end]
+
+    def _grow(self, own: _Buffers, needed: int) -> None:
+        if needed <= own.keys.shape[2]:
+            return
+        capacity = max(int(own.keys.shape[2] * _GROWTH), needed, self.owner.reserve)
+        own.keys = _enlarged(own.keys, own.length, capacity)
+        own.values = _enlarged(own.values, own.length, capacity)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as rows [num_rows, Hkv, D] of one paged cache: sequence `b` is page `b * Hkv`."""
+        assert self._own is not None
+        return _as_rows(self._own.keys), _as_rows(self._own.values)
+
+    def page_table(self, padding: list[int]) -> PageTable:
+        """Where the tokens of each sequence lie in `rows()`."""
+        assert self._own is not None
+        batch, heads, capacity, _ = self._own.keys.shape
+        pages = torch.arange(batch, device=self.device)[:, None] * heads
+        return PageTable(pages, capacity, padding)
+
+    def rotated_keys(self, cos: Tensor, sin: Tensor, interleaved: bool, table: object) -> Tensor:
+        """All keys at their own positions; only those that are new since the last call are rotated.
+
+        Args:
+            cos: [1 or B, 1, at least length, rotary_dim / 2].
+            sin: like `cos`.
+            interleaved: layout of the dimension pairs.
+            table: identity of the rotations; another one than last time starts afresh.
+
+        Returns:
+            [B, Hkv, length, D], a view.
+        """
+        own = self._own
+        assert own is not None
+        kept = self.rotated
+        if kept is None or kept.table is not table:
+            kept = self.rotated = RotatedKeys(torch.empty_like(own.keys[:, :, :0]), table)
+        if own.length > kept.buffer.shape[2]:
+            capacity = min(own.keys.shape[2], cos.shape[2])
+            kept.buffer = _enlarged(kept.buffer, kept.length, max(capacity, own.length))
+        new = slice(kept.length, own.length)
+        kept.buffer[:, :, new] = rotate(own.keys[:, :, new], cos[:, :, new], sin[:, :, new], interleaved)
+        kept.length = own.length
+        return kept.buffer[:, :, : own.length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the cache for a mask."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens cached, padding included."""
+        return 0 if self._own is None else self._own.length
+
+    def get_max_length(self) -> int:
+        """No limit: -1."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._own = self.rotated = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens (a count <= 0, as in Transformers)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a count <= 0 of tokens to remove, got {tokens_to_remove}")
+        if self._own is None or tokens_to_remove == 0:
+            return
+        self._own.length = max(0, self._own.length + tokens_to_remove)
+        if self.rotated is not None:
+            self.rotated.length = min(self.rotated.length, self._own.length)
+        for state in self._own.states:
+            state.forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row `i` continue row `beam_idx[i]` (beam search)."""
+        self._take(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows of the batch."""
+        self._take(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        if self._own is not None:
+            rows = torch.arange(len(self._own.states), device=self.device)
+            self._take(rows.repeat_interleave(repeats))
+
+    def _take(self, rows: Tensor) -> None:
+        own = self._own
+        if own is None:
+            return
+        rows = rows.to(self.device)
+        own.keys = _taken(own.keys, rows, own.length)
+        own.values = _taken(own.values, rows, own.length)
+        if self.rotated is not None:
+            self.rotated.buffer = _taken(self.rotated.buffer, rows, self.rotated.length)
+        own.states = [copy.copy(own.states[row]) for row in rows.tolist()]
+
+
+def _enlarged(buffer: Tensor, length: int, capacity: int) -> Tensor:
+    batch, heads, _, dim = buffer.shape
+    larger = buffer.new_empty(batch, heads, capacity, dim)
+    larger[:, :, :length] = buffer[:, :, :length]
+    return larger
+
+
+def _taken(buffer: Tensor, rows: Tensor, length: int) -> Tensor:
+    """Rows of a batch; only the filled part is copied."""
+    if rows.shape[0] != buffer.shape[0]:
+        return _enlarged(buffer[:, :, :length][rows], length, buffer.shape[2])
+    buffer[:, :, :length] = buffer[:, :, :length][rows]
+    return buffer
+
+
+def _as_rows(buffer: Tensor) -> Tensor:
+    batch, heads, capacity, dim = buffer.shape
+    return buffer.as_strided(((batch * heads - heads + 1) * capacity, heads, dim), (dim, capacity * dim, 1))

@@ -1,0 +1,271 @@
+"""The method: which cached tokens a block of queries attends (method.md, section 2; Wu et al., Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from tokenselect.config import TokenSelectConfig
+from tokenselect.ops import Backend
+from tokenselect.ops.paging import PageTable
+from tokenselect.ops.reference import Distances, rotate
+from tokenselect.rotary import RotaryTable, mean_rotation
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive queries of one sequence that share a selection.
+
+    Attributes:
+        sequence: index of the sequence in the batch.
+        start: position of the first query in its sequence.
+        end: one past the position of the last one.
+        first_query: row of the first query in the batch's queries.
+    """
+
+    sequence: int
+    start: int
+    end: int
+    first_query: int
+
+    @property
+    def queries(self) -> slice:
+        """Rows of this block in the batch's queries."""
+        return slice(self.first_query, self.first_query + self.end - self.start)
+
+
+@dataclass(slots=True)
+class SelectionState:
+    """What one layer remembers of one sequence: the Selection Cache."""
+
+    query: Tensor | None = None  # [Hq, D], the query of the last selection
+    indices: Tensor | None = None  # [k], what it chose
+    window_start: int = 0  # where the local window began then: nothing between is lost by reuse
+    lookups: int = 0
+    hits: int = 0
+    attended: int = 0  # tokens attended by blocks that selected, and tokens that they could have attended
+    available: int = 0
+
+    def forget(self) -> None:
+        """Drop the last selection, as after the sequence was cut; the counts stay."""
+        self.query = self.indices = None
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionPlan:
+    """What the layers of one forward pass share: the blocks and, for each, its candidates and distances."""
+
+    blocks: Sequence[Block]
+    candidates: Tensor  # [num_blocks, 2] int64
+    context: Tensor | None  # [num_blocks, 2] int64, where the heads' softmax covers more than the candidates
+    sequences: Tensor  # [num_blocks] int64
+    distances: Sequence[Distances]
+    table: RotaryTable
+    may_reuse: bool  # every sequence has one query: a decode step
+
+    def take(self, rows: Sequence[int]) -> SelectionPlan:
+        """The plan of some of the blocks."""
+        keep = torch.tensor(rows, dtype=torch.int64, device=self.candidates.device)
+        return SelectionPlan(
+            [self.blocks[row] for row in rows],
+            self.candidates[keep],
+            None if self.context is None else self.context[keep],
+            self.sequences[keep],
+            [_take_runs(view, rows) for view in self.distances],
+            self.table,
+            self.may_reuse,
+        )
+
+
+def block_starts(start: int, end: int, tail_start: int, block_size: int) -> list[int]:
+    """Cut the positions `start .. end - 1` into blocks.
+
+    Blocks begin at multiples of `block_size` in the sequence, whatever part of it is fed at once, so a boundary of
+    that part changes only the block that it cuts. From `tail_start` on every query is a block of its own.
+
+    Returns:
+        Where the blocks begin, ascending; the first is `start`.
+    """
+    tail = max(start, min(tail_start, end))
+    aligned = range((start // block_size + 1) * block_size, tail, block_size)
+    head = [start] if start < tail else []
+    return [*head, *aligned, *range(tail, end)]
+
+
+def plan_selection(
+    blocks: Sequence[Block], config: TokenSelectConfig, table: RotaryTable, max_distance: int
+) -> SelectionPlan:
+    """Work out once per forward pass what every layer needs.
+
+    Args:
+        blocks: the blocks that select (each starts beyond `config.dense_limit`).
+        config: the settings.
+        table: rotations of the model.
+        max_distance: largest distance for scoring, in tokens.
+
+    Returns:
+        The plan; its tensors lie on the table's device.
+    """
+    device = table.cos.device
+    ends = [candidates_end(block, config) for block in blocks]
+    candidates = torch.tensor([[config.num_sink_tokens, end] for end in ends], device=device)
+    context = None
+    if config.head_weights:
+        context = torch.tensor([[0, block.start] for block in blocks], device=device)
+    spans = candidates if context is None else context
+    starts = torch.tensor([block.start for block in blocks], device=device)
+    distances = []
+    if config.scoring in ("mix", "position_free"):
+        distances.append(_one_distance(len(blocks), config.num_local_tokens, table))
+    if config.scoring in ("mix", "distance"):
+        distances.append(_bucketed(starts, spans, config.distance_bucket_size, max_distance, table))
+    sequences = torch.tensor([block.sequence for block in blocks], device=device)
+    may_reuse = config.reuse and len(set(sequences.tolist())) == sum(b.end - b.start for b in blocks)
+    return SelectionPlan(blocks, candidates, context, sequences, distances, table, may_reuse)
+
+
+def candidates_end(block: Block, config: TokenSelectConfig) -> int:
+    """One past the last position that the block may choose: its local window begins there."""
+    inside = block.end - block.start if config.local_includes_block else 0
+    return block.start - config.num_local_tokens + inside
+
+
+def select_tokens(
+    queries: Tensor,
+    keys: Tensor,
+    pages: PageTable,
+    plan: SelectionPlan,
+    states: Sequence[SelectionState],
+    config: TokenSelectConfig,
+    ops: Backend,
+    scale: float,
+) -> list[Tensor]:
+    """The positions that each block attends in this layer.
+
+    Args:
+        queries: [num_queries, num_q_heads, head_dim], raw.
+        keys: [num_rows, num_kv_heads, head_dim], raw; holds the blocks' own tokens already.
+        pages: where each sequence's tokens lie.
+        plan: the blocks, from `plan_selection`.
+        states: what this layer remembers, by sequence.
+        config: the settings.
+        ops: the backend.
+        scale: factor of the attention logits.
+
+    Returns:
+        For each block its sinks, selected tokens, local window and itself: int64 positions, ascending.
+    """
+    k = config.num_selected_tokens
+    chosen: dict[int, Tensor] = {}
+    if k:
+        rows = range(len(plan.blocks))
+        missed = [
+            row for row in rows if not (plan.may_reuse and _reuse(queries, keys, plan.blocks[row], states, config))
+        ]
+        if missed:
+            part = plan if len(missed) == len(plan.blocks) else plan.take(missed)
+            chosen = dict(zip(missed, _vote(queries, keys, pages, part, config, ops, scale), strict=True))
+    attended = []
+    for row, block in enumerate(plan.blocks):
+        state, window = states[block.sequence], candidates_end(block, config)
+        if row in chosen:
+            state.indices, state.window_start = chosen[row], window
+            state.query = queries[block.queries].float().mean(0) if config.reuse else None
+        elif k:
+            window = state.window_start
+        attended.append(_attended(state.indices if k else None, window, block, config, keys.device))
+        state.attended += attended[-1].shape[0]
+        state.available += block.end
+    return attended
+
+
+def _vote(
+    queries: Tensor,
+    keys: Tensor,
+    pages: PageTable,
+    plan: SelectionPlan,
+    config: TokenSelectConfig,
+    ops: Backend,
+    scale: float,
+) -> Tensor:
+    """[num_blocks, k] positions with the most votes."""
+    pooled = torch.stack([_pool(queries[block.queries], plan.table) for block in plan.blocks])
+    factor = scale * plan.table.attention_factor**2 if config.scale_votes else 1.0
+    votes, start_loc = ops.score_tokens(
+        pooled, keys, pages, plan.sequences, plan.candidates, plan.distances, factor, plan.context
+    )
+    if config.smoothing_window > 1:
+        votes = _smooth(votes, start_loc, config.smoothing_window)
+    return ops.topk_tokens(votes, start_loc, config.num_selected_tokens) + config.num_sink_tokens
+
+
+def _pool(queries: Tensor, table: RotaryTable) -> Tensor:
+    """Mean [Hq, D] of a block's queries [C, Hq, D], each rotated by its place in the block."""
+    if queries.shape[0] == 1:
+        return queries[0].float()
+    own = slice(0, queries.shape[0])
+    cos, sin = table.cos[own, None], table.sin[own, None]
+    return rotate(queries, cos, sin, table.interleaved).mean(0)
+
+
+def _reuse(
+    queries: Tensor,
+    keys: Tensor,
+    block: Block,
+    states: Sequence[SelectionState],
+    config: TokenSelectConfig,
+) -> bool:
+    """Whether a decode step's query is so like that of the last selection that this one serves again."""
+    state = states[block.sequence]
+    state.lookups += 1
+    if state.query is None or block.start - state.window_start >= 2 * config.num_local_tokens:
+        return False
+    parts = keys.shape[1] if config.reuse_test == "group_min" else 1
+    now, then = (q.float().reshape(parts, -1) for q in (queries[block.first_query], state.query))
+    hit = bool(torch.cosine_similarity(now, then, dim=-1).min() >= config.reuse_threshold)
+    state.hits += hit
+    return hit
+
+
+def _attended(
+    indices: Tensor | None, window: int, block: Block, config: TokenSelectConfig, device: torch.device
+) -> Tensor:
+    sinks = torch.arange(min(config.num_sink_tokens, window), device=device)
+    recent = torch.arange(window, block.end, device=device)
+    return torch.cat((sinks, recent) if indices is None else (sinks, indices, recent))
+
+
+def _smooth(votes: Tensor, start_loc: Tensor, width: int) -> Tensor:
+    pool = torch.nn.functional.max_pool1d
+    parts = [votes[a:b] for a, b in pairwise(start_loc.tolist())]
+    return torch.cat([pool(part[None], width, 1, width // 2)[0] for part in parts])
+
+
+def _one_distance(num_blocks: int, distance: int, table: RotaryTable) -> Distances:
+    """Every key as if it stood just outside the local window."""
+    angle = table.frequencies * distance
+    cos, sin = (part.float().expand(num_blocks, -1) for part in (angle.cos(), angle.sin()))
+    return Distances(cos, sin, 1, torch.arange(num_blocks + 1, device=cos.device), table.interleaved)
+
+
+def _bucketed(starts: Tensor, spans: Tensor, size: int, max_distance: int, table: RotaryTable) -> Distances:
+    """Runs of `size` keys, each at the mean rotation of its distances to the block's start."""
+    counts = (spans[:, 1] - spans[:, 0] + size - 1) // size
+    run_start_loc = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    block = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    run = torch.arange(len(block), device=counts.device) - run_start_loc[block]
+    nearest = (starts[block] - spans[block, 0] - run * size - (size - 1)).clamp(min=0)
+    cos, sin = mean_rotation(table.frequencies, nearest, size, max_distance)
+    return Distances(cos, sin, size, run_start_loc, table.interleaved)
+
+
+def _take_runs(view: Distances, rows: Sequence[int]) -> Distances:
+    bounds = view.run_start_loc.tolist()
+    runs = torch.cat([torch.arange(bounds[row], bounds[row + 1]) for row in rows]).to(view.cos.device)
+    lengths = torch.tensor([bounds[row + 1] - bounds[row] for row in rows], device=view.cos.device)
+    start_loc = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    return Distances(view.cos[runs], view.sin[runs], view.run_size, start_loc, view.interleaved)
