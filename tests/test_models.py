@@ -106,9 +106,7 @@ def test_folder_gives_the_saved_model_ready_to_run(saved: Path) -> None:
     assert loaded.model.config._attn_implementation == "sdpa"
 
 
-def test_loading_prints_nothing_and_leaves_logging_as_it_was(
-    saved: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_loading_prints_nothing_and_leaves_logging_as_it_was(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from transformers.utils import logging
 
     before = (logging.get_verbosity(), logging.is_progress_bar_enabled())
@@ -281,9 +279,7 @@ def test_nested_config_cannot_choose_attention(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     loaded = load_model(folder)
     assert loaded.trained_window == 96
-    chosen = {
-        module.config._attn_implementation for module in loaded.model.modules() if hasattr(module, "config")
-    }
+    chosen = {module.config._attn_implementation for module in loaded.model.modules() if hasattr(module, "config")}
     assert chosen == {"sdpa"}
 
 
@@ -565,9 +561,7 @@ def test_large_files_are_sampled_from_end_to_end(tmp_path: Path, monkeypatch: py
     assert embedded._digest(path) != before
 
 
-def test_interrupted_conversion_leaves_nothing(
-    tiny_gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_conversion_leaves_nothing(tiny_gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(source: Path) -> None:
         raise KeyboardInterrupt
 
@@ -632,9 +626,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadedModel]:
 def test_embedded_model(smollm2: LoadedModel) -> None:
     assert (smollm2.name, smollm2.trained_window) == (EMBEDDED, 8192)
     assert smollm2.model.dtype == torch.bfloat16
-    assert smollm2.model.generation_config.eos_token_id == smollm2.tokenizer.convert_tokens_to_ids(
-        "<|im_end|>"
-    )
+    assert smollm2.model.generation_config.eos_token_id == smollm2.tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokens = smollm2.tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,

@@ -1,4 +1,4 @@
-"""KV cache layer for Transformers: raw keys in a buffer that grows geometrically, so a step copies only its own tokens."""
+"""KV cache layer for Transformers: raw keys in buffers that grow geometrically; a step copies only its own tokens."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         if not self.owner.active:
             raise RuntimeError(
-                "this cache was filled under TokenSelect and holds raw keys: use it inside TokenSelect, or start a new one"
+                "this cache was filled under TokenSelect and holds raw keys: "
+                "use it inside TokenSelect, or start a new one"
             )
         if self._own is None:
             self.lazy_initialization(key_states, value_states)

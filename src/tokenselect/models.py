@@ -155,9 +155,7 @@ def _find(
     return model, _download(model, allow_pickle, trust_remote_code, progress)
 
 
-def _download(
-    name: str, allow_pickle: bool, trust_remote_code: bool, progress: Callable[[str], None]
-) -> Path:
+def _download(name: str, allow_pickle: bool, trust_remote_code: bool, progress: Callable[[str], None]) -> Path:
     """A snapshot of a hub repository, so that its files pass the same checks as a local folder's."""
     from huggingface_hub import snapshot_download
 
@@ -286,9 +284,7 @@ def _safetensors(folder: Path) -> list[Path]:
         raise ModelError(f"{index} has no weight_map; fetch the model again")
     for shard in shards.values():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ModelError(
-                f"{index} names {shard!r}, which is no .safetensors file of that folder; do not use it"
-            )
+            raise ModelError(f"{index} names {shard!r}, which is no .safetensors file of that folder; do not use it")
     return [folder / shard for shard in sorted(set(shards.values()))]
 
 
@@ -302,9 +298,7 @@ def _check_safetensors(path: Path) -> None:
 
 def _read_tokenizer(source: _Source) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.folder, **source.permissions
-        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.folder, **source.permissions)
     except Exception as error:  # as for the configuration
         raise _refused(source, f"{source.folder} has no usable tokenizer", error) from error
     return tokenizer

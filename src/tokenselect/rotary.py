@@ -47,9 +47,7 @@ class RotaryTable:
         return (self.cos[positions] * factor).to(dtype), (self.sin[positions] * factor).to(dtype)
 
 
-def mean_rotation(
-    frequencies: Tensor, nearest: Tensor, size: int, max_distance: int
-) -> tuple[Tensor, Tensor]:
+def mean_rotation(frequencies: Tensor, nearest: Tensor, size: int, max_distance: int) -> tuple[Tensor, Tensor]:
     """The average of the rotations by `nearest, nearest + 1, ..., nearest + size - 1`.
 
     The mean of `size` equally spaced rotations is the rotation by their middle, shortened by a factor per frequency.
@@ -68,7 +66,9 @@ def mean_rotation(
     middle = (nearest.double() + (size - 1) / 2).clamp(max=max_distance)
     half_step = frequencies.double() / 2
     shorten = torch.where(
-        half_step.abs() < 1e-9, 1.0, torch.sin(half_step * size) / (size * torch.sin(half_step).clamp(min=1e-12))
+        half_step.abs() < 1e-9,
+        1.0,
+        torch.sin(half_step * size) / (size * torch.sin(half_step).clamp(min=1e-12)),
     )
     angle = middle[:, None] * frequencies.double()
     return (angle.cos() * shorten).float(), (angle.sin() * shorten).float()
@@ -166,7 +166,7 @@ def _readers() -> Iterator[_Reader]:
 
 
 def _longrope_switch(module: nn.Module, layer_type: str | None) -> int | None:
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     parameters = getattr(config, "rope_parameters", None) or {}
     if layer_type and isinstance(parameters.get(layer_type), dict):
         parameters = parameters[layer_type]

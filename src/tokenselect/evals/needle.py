@@ -47,7 +47,7 @@ class Wording:
 PASSKEY_WORDINGS: Mapping[str, Wording] = {
     "pass key": Wording(
         "The pass key is {number}. Remember it. {number} is the pass key.",
-        "What is the pass key that I told you to remember? The pass key is",
+        "Remember the pass key. The pass key is",
     ),
     "5-digit number": Wording(
         "Remember this 5-digit number: {number}. The 5-digit number is {number}.",
@@ -55,16 +55,31 @@ PASSKEY_WORDINGS: Mapping[str, Wording] = {
     ),
 }
 
+# Chosen on dense attention alone, within the window: at 7,500 tokens the model answers them 19 times of 20.
 FACT_WORDINGS: Mapping[str, Wording] = {
     "magic number": Wording(
         "One of the special magic numbers for {city} is: {number}.",
-        "The special magic number for {city} mentioned in the text is",
+        "One of the special magic numbers for {city} is:",
     ),
     "5-digit code": Wording(
+        "The 5-digit code for {city} is: {number}.",
+        "The 5-digit code for {city} is:",
+    ),
+}
+
+# The same facts asked in other words than they are said: harder, for dense attention too (16 of 20 at 7,500 tokens).
+REPHRASED_WORDINGS: Mapping[str, Wording] = {
+    "magic number, rephrased": Wording(
+        "One of the special magic numbers for {city} is: {number}.",
+        "The special magic number for {city} mentioned in the text is",
+    ),
+    "5-digit code, rephrased": Wording(
         "The 5-digit code for {city} is: {number}.",
         "The 5-digit code for {city} mentioned in the text is",
     ),
 }
+
+_ALL_FACTS = {**FACT_WORDINGS, **REPHRASED_WORDINGS}
 
 # None of them is named in the State of the Union addresses.
 _CITY_NAMES = """
@@ -81,6 +96,8 @@ _HAYSTACK = (
     "Here we go.",
     "There and back again.",
 )
+# Its multiples, taken modulo 1, spread evenly however many there are.
+_GOLDEN_RATIO = 0.6180339887498949
 _NUMBER = re.compile(r"[0-9]+(?:[.,][0-9]+)*")
 _THOUSANDS = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+")
 
@@ -108,9 +125,7 @@ def is_right(answer_text: str, sample: Sample) -> bool:
     return (number.replace(",", "") if _THOUSANDS.fullmatch(number) else number) == sample.answer
 
 
-def passkey(
-    tokenizer: PreTrainedTokenizerBase, num_tokens: int, depth: float, wording: str, seed: int = 0
-) -> Sample:
+def passkey(tokenizer: PreTrainedTokenizerBase, num_tokens: int, depth: float, wording: str, seed: int = 0) -> Sample:
     """A pass key hidden in five sentences repeated over and over.
 
     Args:
@@ -153,8 +168,8 @@ def fact_in_text(
         text: the text the document is cut from.
         num_tokens: most tokens of document and question together; from 1,000 on at least 99% of it is used.
         depth: where the fact is, from 0 (start) to 1 (end), moved to the nearest start of a sentence.
-        wording: a key of `FACT_WORDINGS`.
-        seed: decides city, number and the part of the text: the next seed reads on where this one ends.
+        wording: a key of `FACT_WORDINGS` or `REPHRASED_WORDINGS`.
+        seed: decides city, number and the part of the text; consecutive seeds spread over the whole of it.
 
     Returns:
         The sample; equal arguments give equal samples.
@@ -163,19 +178,19 @@ def fact_in_text(
         ValueError: unknown wording, depth outside 0 to 1, or no room for the needle in `num_tokens`.
     """
     number, city = _random_number(seed), CITIES[seed % len(CITIES)]
-    needle, question = _fill(FACT_WORDINGS, wording, depth, number=number, city=city)
+    needle, question = _fill(_ALL_FACTS, wording, depth, number=number, city=city)
+
+    start = int(len(text) * (seed * _GOLDEN_RATIO % 1))
 
     def build(window_tokens: int) -> Sample:
-        window = token_window(tokenizer, text, window_tokens, offset=seed * num_tokens)
+        window = token_window(tokenizer, text, window_tokens, start)
         return _sample(tokenizer, _insert(window, needle, depth), question, number, depth, wording)
 
     room = num_tokens - count_tokens(tokenizer, f"{needle}\n\n{question}")
     return _shrink_to_fit(build, room, num_tokens)
 
 
-def passkey_grid(
-    tokenizer: PreTrainedTokenizerBase, num_tokens: int, depths: int = 10, seed: int = 0
-) -> list[Sample]:
+def passkey_grid(tokenizer: PreTrainedTokenizerBase, num_tokens: int, depths: int = 10, seed: int = 0) -> list[Sample]:
     """Pass keys at evenly spread depths, each depth in both wordings, each with its own number.
 
     Args:
@@ -195,6 +210,7 @@ def fact_grid(
     depths: int = 10,
     seed: int = 0,
     text: str | None = None,
+    wordings: Mapping[str, Wording] = FACT_WORDINGS,
 ) -> list[Sample]:
     """Facts at evenly spread depths, each depth in both wordings, each in its own document.
 
@@ -203,12 +219,13 @@ def fact_grid(
         depths: how many depths: the middles of equal parts of the document.
         seed: another grid: other documents and numbers.
         text: where the documents are cut from; None: the State of the Union addresses.
+        wordings: `FACT_WORDINGS` or `REPHRASED_WORDINGS`.
 
     Returns:
         `2 * depths` samples.
     """
     source = state_of_the_union() if text is None else text
-    return [fact_in_text(tokenizer, source, num_tokens, *cell) for cell in _grid(FACT_WORDINGS, depths, seed)]
+    return [fact_in_text(tokenizer, source, num_tokens, *cell) for cell in _grid(wordings, depths, seed)]
 
 
 def demo_samples(

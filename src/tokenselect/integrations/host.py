@@ -30,7 +30,7 @@ class Host:
         trained_window: positions that the model was trained for.
     """
 
-    decoder: nn.Module
+    decoder: Any
     config: Any
     attention: dict[int, nn.Module]
     num_kv_heads: int
@@ -40,12 +40,14 @@ class Host:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        return next(self.decoder.parameters()).dtype
+        dtype: torch.dtype = next(self.decoder.parameters()).dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return next(self.decoder.parameters()).device
+        device: torch.device = next(self.decoder.parameters()).device
+        return device
 
     @property
     def layer_type(self) -> str | None:
@@ -60,8 +62,8 @@ def inspect_model(model: nn.Module) -> Host:
     Raises:
         NotImplementedError: the model has an architecture that selection does not support; the message names it.
     """
-    config = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     _refuse_by_config(config, text)
     decoder = _find_decoder(model, text)
     attention = {index: _attention_of(decoder.layers[index]) for index in _full_attention_layers(text)}
@@ -144,7 +146,7 @@ def _refuse_by_config(config: Any, text: Any) -> None:
         raise NotImplementedError(f"{_name(text)} has layers of the kind {', '.join(sorted(others))}")
 
 
-def _find_decoder(model: nn.Module, text: Any) -> nn.Module:
+def _find_decoder(model: nn.Module, text: Any) -> Any:
     for module in model.modules():
         if isinstance(getattr(module, "rotary_emb", None), nn.Module) and hasattr(module, "layers"):
             return module

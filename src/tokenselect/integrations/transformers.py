@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
+from itertools import pairwise
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -117,7 +118,14 @@ class TokenSelect:
         """The decoder's forward: long inputs in chunks, each with its plan."""
         if self.host.decoder.training:
             raise NotImplementedError("training is not supported: call model.eval()")
-        names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+        names = (
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            "past_key_values",
+            "inputs_embeds",
+            "use_cache",
+        )
         kwargs.update(zip(names, args, strict=False))
         inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if inputs is None:
@@ -148,9 +156,7 @@ class TokenSelect:
             prompt_end = _PROMPT_END.get()
             tail = (total if prompt_end is None else prompt_end) - config.num_tail_tokens
         table = self.rotary.table(min(total - min(padding), config.budget))
-        return plan_pass(
-            config, self.ops, table, self.max_distance, self.host.dtype, padding, start, end - start, tail
-        )
+        return plan_pass(config, self.ops, table, self.max_distance, self.host.dtype, padding, start, end - start, tail)
 
     def _chunks(self, start: int, end: int) -> list[tuple[int, int]]:
         """Cut a pass where blocks begin; the first piece holds all that needs no selection."""
@@ -161,7 +167,7 @@ class TokenSelect:
         while cuts[-1] < end:
             following = cuts[-1] // size * size + step
             cuts.append(min(end, max(following, dense_end)))
-        return list(zip(cuts, cuts[1:], strict=False))
+        return list(pairwise(cuts))
 
     def _before_attention(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Hand the layer its cache, and positions that leave queries and keys raw."""
@@ -170,7 +176,7 @@ class TokenSelect:
         kwargs["tokenselect"] = cache.layers[index]
         return args, kwargs
 
-    def _prepare_cache(self, cache: Cache | None) -> tuple[Cache, Owner]:
+    def _prepare_cache(self, cache: Any) -> tuple[Any, Owner]:
         """The caller's cache with our layers in it, which an empty `DynamicCache` gets on first use."""
         if cache is None:
             cache = DynamicCache(config=self.host.config)
@@ -222,9 +228,7 @@ def _attend(
     """The attention function that Transformers calls; layers that do not select keep the host's own."""
     if tokenselect is None:
         own = _own_attention(module)
-        result: tuple[Tensor, Tensor | None] = own(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        result: tuple[Tensor, Tensor | None] = own(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return result
     if kwargs.get("output_attentions"):
         raise NotImplementedError("output_attentions is not supported: no attention matrix exists")
@@ -234,7 +238,7 @@ def _attend(
 
 
 def _own_attention(module: nn.Module) -> Callable[..., Any]:
-    name = module.config._attn_implementation.removeprefix(_PREFIX)  # type: ignore[union-attr]
+    name = module.config._attn_implementation.removeprefix(_PREFIX)  # type: ignore[union-attr, operator]
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return AttentionInterface().get_interface(name, eager)  # type: ignore[no-any-return]
 

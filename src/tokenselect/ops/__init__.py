@@ -1,7 +1,7 @@
 """The operations and the choice, made once, of who computes them.
 
-A backend is a module with `NAME`, `why_not`, `score_tokens`, `topk_tokens` and `sparse_attention`; the definition of the
-last three is `ops.reference`.
+A backend is a module with `NAME`, `why_not`, `score_tokens`, `topk_tokens` and `sparse_attention`; `ops.reference`
+is the definition of the last three.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def find_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: 
 
 
 def _first_that_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    refused = []
+    refused: list[str] = []
     for name, module in BACKENDS.items():
         backend = cast("Backend", module)
         reason = backend.why_not(device, dtype, head_dim)

@@ -145,7 +145,7 @@ def _logits(queries: Tensor, rows: Tensor, view: Distances, group: slice) -> Ten
         logits = turned[:, 0] @ rows.transpose(1, 2)  # [Hkv, N*G, T]
     else:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, runs * view.run_size - length))
-        rows = rows.unflatten(1, (runs, view.run_size))  # [Hkv, R, run, D]
+        rows = rows.view(num_kv_heads, runs, view.run_size, dim)
         logits = (turned @ rows.transpose(2, 3)).transpose(1, 2).flatten(2)[:, :, :length]
     return logits.view(num_kv_heads, blocks, -1, length).transpose(0, 1).reshape(blocks, heads, length)
 

@@ -1,0 +1,1 @@
+"""Speed and answers, measured; results are committed under `results/`."""

@@ -1,0 +1,504 @@
+"""The definition itself, against naive loops, `torch.topk` and `scaled_dot_product_attention`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from tokenselect.ops import BACKENDS, BackendUnavailable, find_backend
+from tokenselect.ops.paging import PageTable
+from tokenselect.ops.reference import (
+    Distances,
+    causal_attention,
+    gather_rows,
+    rotate,
+    score_tokens,
+    sparse_attention,
+    topk_tokens,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # absolute, of outputs of size 1
+HEADS = [(1, 1), (4, 4), (9, 3), (4, 1), (7, 1)]  # groups of 1, 1, 3, 4, 7
+
+
+def shapes(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"Hq{value[0]}-Hkv{value[1]}"
+    return str(value).removeprefix("torch.")
+
+
+def angles(length: int, half: int, base: float = 100.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions `0 .. length - 1`."""
+    frequencies = base ** -(torch.arange(half) / half)
+    angle = torch.arange(length)[:, None] * frequencies
+    return angle.cos(), angle.sin()
+
+
+def naive_rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Pairs as complex numbers; `cos` may be longer than 1 by a factor, as a mean rotation may be shorter."""
+    half = cos.shape[-1]
+    even, odd = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    turned = torch.complex(x[..., even].double(), x[..., odd].double()) * torch.complex(cos.double(), sin.double())
+    out = x.double().clone().expand(*turned.shape[:-1], -1).clone()
+    out[..., even], out[..., odd] = turned.real, turned.imag
+    return out
+
+
+# -- paged caches --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Paged:
+    """Sequences in a cache whose other rows are NaN."""
+
+    keys: Tensor  # rows
+    values: Tensor
+    pages: PageTable
+
+
+def paged(sequences: list[tuple[Tensor, Tensor]], page_size: int) -> Paged:
+    """Sequences [T, Hkv, D] in shuffled pages."""
+    need = [-(-len(k) // page_size) for k, _ in sequences]
+    free = torch.randperm(sum(need) + 3)
+    shape = (len(free) * page_size, *sequences[0][0].shape[1:])
+    cache = [torch.full(shape, float("nan"), dtype=sequences[0][0].dtype) for _ in range(2)]
+    pages = torch.full((len(sequences), max(need)), -1)
+    for i, parts in enumerate(sequences):
+        pages[i, : need[i]], free = free[: need[i]], free[need[i] :]
+        table = PageTable(pages, page_size, [0] * len(sequences))
+        rows = table.slots(i, torch.arange(len(parts[0])))
+        cache[0][rows], cache[1][rows] = parts
+    return Paged(*cache, PageTable(pages, page_size, [0] * len(sequences)))
+
+
+def contiguous(sequences: list[tuple[Tensor, Tensor]], padded: bool) -> Paged:
+    """Sequences as rows of [B, Hkv, capacity, D], as in Transformers: one page each, maybe left-padded."""
+    longest = max(len(k) for k, _ in sequences)
+    heads, dim = sequences[0][0].shape[1:]
+    capacity = longest + 5
+    cache = [torch.full((len(sequences), heads, capacity, dim), float("nan")) for _ in range(2)]
+    padding = [longest - len(k) if padded else 0 for k, _ in sequences]
+    for i, parts in enumerate(sequences):
+        for whole, part in zip(cache, parts, strict=True):
+            whole[i, :, padding[i] : padding[i] + len(part)] = part.transpose(0, 1).float()
+    rows = [
+        whole.to(sequences[0][0].dtype).as_strided(
+            ((len(sequences) * heads - heads + 1) * capacity, heads, dim), (dim, capacity * dim, 1)
+        )
+        for whole in cache
+    ]
+    return Paged(*rows, PageTable(torch.arange(len(sequences))[:, None] * heads, capacity, padding))
+
+
+LAYOUTS = {
+    "page1": lambda sequences: paged(sequences, 1),
+    "page3": lambda sequences: paged(sequences, 3),
+    "page16": lambda sequences: paged(sequences, 16),
+    "strided": lambda sequences: contiguous(sequences, padded=False),
+    "padded": lambda sequences: contiguous(sequences, padded=True),
+}
+
+
+def sequences_of(lengths: list[int], heads: int, dim: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(n, heads, dim).to(dtype), torch.randn(n, heads, dim).to(dtype)) for n in lengths]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pages_find_every_token(layout: str) -> None:
+    sequences = sequences_of([37, 5, 50], 3, 8, torch.float32)
+    cache = LAYOUTS[layout](sequences)
+    for i, (keys, values) in enumerate(sequences):
+        positions = torch.randperm(len(keys))
+        assert torch.equal(cache.keys[cache.pages.slots(i, positions)], keys[positions])
+        for start, end in [(0, len(keys)), (2, 3), (1, len(keys) - 1), (4, 4)]:
+            assert torch.equal(cache.pages.rows(cache.values, i, start, end), values[start:end])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_gathered_rows_are_the_tokens(layout: str, heads: int) -> None:
+    sequences = sequences_of([20, 31], heads, 8, torch.float32)
+    cache = LAYOUTS[layout](sequences)
+    for i, (keys, _) in enumerate(sequences):
+        positions = torch.tensor([0, 3, 17, 18])
+        rows = gather_rows(cache.keys, cache.pages.slots(i, positions))
+        assert torch.equal(rows, keys[positions].transpose(0, 1))
+
+
+# -- rotation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize(("dim", "half"), [(8, 4), (80, 40), (80, 10), (6, 1)])
+def test_rotate_turns_pairs(dim: int, half: int, interleaved: bool) -> None:
+    x, (cos, sin) = torch.randn(3, 9, dim), angles(9, half)
+    expected = naive_rotate(x, cos, sin, interleaved)
+    torch.testing.assert_close(rotate(x, cos, sin, interleaved).double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("half", [4, 3], ids=["full", "partial"])
+def test_rotate_broadcasts_one_vector_over_many_rotations(half: int, interleaved: bool) -> None:
+    x, (cos, sin) = torch.randn(2, 1, 8), angles(9, half)
+    expected = torch.stack([naive_rotate(x[:, 0], cos[i], sin[i], interleaved) for i in range(9)], dim=1)
+    torch.testing.assert_close(rotate(x, cos, sin, interleaved).double(), expected, atol=1e-5, rtol=0)
+
+
+# -- score_tokens --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Votes:
+    """Two sequences, blocks at different places, and the views they vote by."""
+
+    cache: Paged
+    sequences: list[tuple[Tensor, Tensor]]
+    queries: Tensor
+    of: Tensor
+    candidates: Tensor
+    context: Tensor | None
+    views: list[Distances]
+    scale: float
+
+    def score(self) -> tuple[Tensor, Tensor]:
+        return score_tokens(
+            self.queries,
+            self.cache.keys,
+            self.cache.pages,
+            self.of,
+            self.candidates,
+            self.views,
+            self.scale,
+            self.context,
+        )
+
+
+def views_of(scoring: str, lengths: list[int], half: int, interleaved: bool) -> list[Distances]:
+    """One rotation per block, or per run of 4 tokens, or both; each random, and not of length 1."""
+
+    def view(run_size: int, counts: list[int]) -> Distances:
+        angle = torch.rand(sum(counts), half) * 6
+        return Distances(
+            0.9 * angle.cos(), 0.9 * angle.sin(), run_size, torch.tensor([0, *counts]).cumsum(0), interleaved
+        )
+
+    free = [view(1, [1] * len(lengths))] if scoring in ("position_free", "mix") else []
+    return free + ([view(4, [-(-n // 4) for n in lengths])] if scoring in ("distance", "mix") else [])
+
+
+def votes_case(
+    layout: str = "page3",
+    heads: tuple[int, int] = (6, 2),
+    dim: int = 16,
+    scoring: str = "mix",
+    *,
+    context: bool = False,
+    half: int = 8,
+    interleaved: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Votes:
+    sequences = sequences_of([41, 60], heads[1], dim, dtype)
+    of, ends = torch.tensor([0, 1, 1, 1]), [30, 23, 24, 53]
+    candidates = torch.tensor([[3, end] for end in ends])
+    spans = torch.tensor([[0, end + 5] for end in ends]) if context else None
+    lengths = [int(b - a) for a, b in (candidates if spans is None else spans)]
+    queries = torch.randn(4, heads[0], dim)
+    views = views_of(scoring, lengths, half, interleaved)
+    return Votes(LAYOUTS[layout](sequences), sequences, queries, of, candidates, spans, views, 0.3)
+
+
+def naive_votes(case: Votes) -> list[Tensor]:
+    """Token by token: rotate the query for the token's run, take its logit, then a softmax per head."""
+    out = []
+    for block, sequence in enumerate(case.of.tolist()):
+        keys = case.sequences[sequence][0].double()
+        first, last = (case.candidates if case.context is None else case.context)[block].tolist()
+        begin, end = case.candidates[block].tolist()
+        group = case.queries.shape[1] // keys.shape[1]
+        total = torch.zeros(end - begin, dtype=torch.float64)
+        for view in case.views:
+            logits = torch.empty(case.queries.shape[1], last - first, dtype=torch.float64)
+            runs = int(view.run_start_loc[block + 1] - view.run_start_loc[block])
+            for t in range(last - first):
+                run = int(view.run_start_loc[block]) + (0 if runs == 1 else t // view.run_size)
+                for head in range(case.queries.shape[1]):
+                    turned = naive_rotate(case.queries[block, head], view.cos[run], view.sin[run], view.interleaved)
+                    logits[head, t] = case.scale * turned @ keys[first + t, head // group]
+            votes = logits.softmax(-1).sum(0)[begin - first : end - first]
+            total += votes / votes.sum()
+        out.append(total)
+    return out
+
+
+def check_votes(case: Votes) -> None:
+    votes, start_loc = case.score()
+    expected = naive_votes(case)
+    assert start_loc.tolist() == [0, *torch.tensor([len(part) for part in expected]).cumsum(0).tolist()]
+    torch.testing.assert_close(votes.double(), torch.cat(expected), atol=1e-5, rtol=0)
+    assert votes.dtype == torch.float32
+
+
+@pytest.mark.parametrize("scoring", ["position_free", "distance", "mix"])
+@pytest.mark.parametrize("context", [False, True], ids=["candidates", "context"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_votes_equal_a_loop_over_tokens(layout: str, context: bool, scoring: str) -> None:
+    check_votes(votes_case(layout, scoring=scoring, context=context))
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=shapes)
+def test_votes_of_every_group_size(heads: tuple[int, int]) -> None:
+    check_votes(votes_case(heads=heads))
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("half", [8, 5], ids=["full", "partial"])
+def test_votes_in_every_rotary_layout(half: int, interleaved: bool) -> None:
+    check_votes(votes_case(half=half, interleaved=interleaved))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=shapes)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128])
+def test_votes_read_keys_of_any_type_and_size(dim: int, dtype: torch.dtype) -> None:
+    check_votes(votes_case("padded", (2, 1), dim, half=dim // 2, dtype=dtype))
+
+
+def test_votes_of_more_blocks_than_are_scored_together() -> None:
+    case = votes_case(scoring="position_free")
+    case.of = torch.ones(40, dtype=torch.int64)
+    case.candidates = torch.stack((torch.full((40,), 3), torch.arange(8, 48)), dim=1)
+    case.queries = torch.randn(40, 6, 16)
+    case.views = views_of("mix", list(range(5, 45)), 8, False)
+    check_votes(case)
+
+
+def test_blocks_of_one_sequence_may_begin_at_different_candidates() -> None:
+    case = votes_case()
+    case.candidates = torch.tensor([[3, 30], [6, 23], [2, 24], [9, 53]])
+    case.views = views_of("mix", [27, 17, 22, 44], 8, False)
+    check_votes(case)
+
+
+@pytest.mark.parametrize("scoring", ["position_free", "mix"])
+def test_votes_of_a_block_sum_to_the_number_of_views(scoring: str) -> None:
+    case = votes_case(scoring=scoring)
+    votes, start_loc = case.score()
+    sums = [float(votes[a:b].sum()) for a, b in pairwise(start_loc.tolist())]
+    assert sums == pytest.approx([len(case.views)] * 4, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6])
+def test_votes_are_numbers_when_every_head_looks_at_the_sinks(size: float) -> None:
+    case = votes_case("strided", (2, 1), scoring="position_free", context=True)
+    case.queries = torch.ones_like(case.queries)
+    case.views = [Distances(torch.ones(4, 8), torch.zeros(4, 8), 1, torch.arange(5))]
+    for row in case.cache.pages.slots(0, torch.arange(3)), case.cache.pages.slots(1, torch.arange(3)):
+        case.cache.keys[row] = size
+    votes, _ = case.score()
+    assert votes.isfinite().all()
+    assert (votes >= 0).all()
+
+
+# -- topk_tokens ---------------------------------------------------------------------------------------------
+
+
+def naive_topk(votes: Tensor, k: int) -> list[int]:
+    return sorted(sorted(range(len(votes)), key=lambda i: (-float(votes[i]), i))[:k])
+
+
+@pytest.mark.parametrize("levels", [1, 2, 5, 1000])
+@pytest.mark.parametrize("k", [1, 7, 32, 50])
+def test_topk_prefers_the_lowest_index_in_ties(levels: int, k: int) -> None:
+    lengths = [50, 51, 97]
+    votes = torch.randint(levels, (sum(lengths),)) / levels
+    start_loc = torch.tensor([0, *lengths]).cumsum(0)
+    chosen = topk_tokens(votes, start_loc, k)
+    assert chosen.dtype == torch.int64
+    assert chosen.tolist() == [naive_topk(part, k) for part in votes.split(lengths)]
+
+
+@pytest.mark.parametrize("k", [1, 100, 2048])
+def test_topk_without_ties_is_torch_topk(k: int) -> None:
+    votes = torch.randperm(5000) / 5000
+    assert torch.equal(topk_tokens(votes, torch.tensor([0, 5000]), k)[0], votes.topk(k).indices.sort().values)
+
+
+def test_topk_of_votes_that_vanish() -> None:
+    votes = torch.zeros(20)
+    votes[[4, 11]] = torch.tensor([1e-45, 1e-38])
+    assert topk_tokens(votes, torch.tensor([0, 20]), 4).tolist() == [[0, 1, 4, 11]]
+
+
+# -- sparse_attention ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sparse:
+    """A ragged batch: a prompt's block, a decode step and other blocks, each with its own choice."""
+
+    sequences: list[tuple[Tensor, Tensor]]
+    cache: Paged
+    queries: Tensor
+    blocks: list[tuple[int, list[int], int]]  # sequence, attended positions, how many of them are its own
+    cos: Tensor
+    sin: Tensor
+    options: dict[str, object]
+    scale: float = 0.2
+
+    def run(self) -> Tensor:
+        slots = [self.cache.pages.slots(row, torch.tensor(positions)) for row, positions, _ in self.blocks]
+        return sparse_attention(
+            self.queries,
+            self.cache.keys,
+            self.cache.values,
+            torch.tensor([0, *(own for _, _, own in self.blocks)]).cumsum(0),
+            torch.cat(slots),
+            torch.tensor([0, *(len(part) for part in slots)]).cumsum(0),
+            self.cos,
+            self.sin,
+            self.scale,
+            **self.options,  # type: ignore[arg-type]
+        )
+
+
+def sparse_case(
+    layout: str = "page3",
+    heads: tuple[int, int] = (6, 2),
+    dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    half: int | None = None,
+    **options: object,
+) -> Sparse:
+    sequences = sequences_of([41, 29, 60], heads[1], dim, dtype)
+    blocks = [
+        (0, [0, 1, 5, 9, 17, 33, 34, 35, 36, 37, 38, 39, 40], 5),
+        (1, [*range(0, 29, 3), 28], 1),
+        (2, [2, 3, *range(40, 60)], 7),
+        (0, list(range(9)), 9),
+    ]
+    cos, sin = angles(64, half or dim // 2)
+    queries = torch.randn(22, heads[0], dim).to(dtype)
+    return Sparse(sequences, LAYOUTS[layout](sequences), queries, blocks, cos, sin, options)
+
+
+def by_sdpa(case: Sparse) -> Tensor:
+    """Gather, rotate at re-indexed positions, and let torch attend; no soft cap, no sink logits."""
+    out, row, interleaved = [], 0, bool(case.options.get("interleaved"))
+    for sequence, positions, own in case.blocks:
+        keys, values = (part[positions].transpose(0, 1).double() for part in case.sequences[sequence])
+        n = len(positions)
+        queries = case.queries[row : row + own].transpose(0, 1)
+        queries = naive_rotate(queries, case.cos[n - own : n], case.sin[n - own : n], interleaved)
+        keys = naive_rotate(keys, case.cos[:n], case.sin[:n], interleaved)
+        mask = torch.ones(own, n, dtype=torch.bool).tril(n - own)
+        attended = scaled_dot_product_attention(
+            queries[None], keys[None], values[None], mask, scale=case.scale, enable_gqa=True
+        )
+        out.append(attended[0].transpose(0, 1))
+        row += own
+    return torch.cat(out)
+
+
+def check_attention(case: Sparse, expected: Tensor | None = None) -> None:
+    out = case.run()
+    assert out.dtype == case.queries.dtype
+    atol = TOLERANCE[out.dtype]
+    torch.testing.assert_close(out.double(), by_sdpa(case) if expected is None else expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=shapes)
+def test_attention_equals_sdpa_over_gathered_tokens(layout: str, dtype: torch.dtype) -> None:
+    check_attention(sparse_case(layout, dtype=dtype))
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=shapes)
+@pytest.mark.parametrize("layout", ["page1", "padded"])
+def test_attention_of_every_group_size(layout: str, heads: tuple[int, int]) -> None:
+    check_attention(sparse_case(layout, heads))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=shapes)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128])
+def test_attention_of_every_head_size(dim: int, dtype: torch.dtype) -> None:
+    case = sparse_case("strided", (4, 1), dim, dtype)
+    case.scale = dim**-0.5
+    check_attention(case)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("half", [8, 5, 2], ids=lambda half: f"rotary{2 * half}of16")
+def test_attention_in_every_rotary_layout(half: int, interleaved: bool) -> None:
+    check_attention(sparse_case(half=half, interleaved=interleaved))
+
+
+def with_extras(case: Sparse, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Query by query, head by head."""
+    out, row = torch.empty_like(case.queries, dtype=torch.float64), 0
+    for sequence, positions, own in case.blocks:
+        keys, values = (part[positions].double() for part in case.sequences[sequence])
+        for i in range(own):
+            seen = len(positions) - own + i + 1
+            turned = naive_rotate(keys[:seen].transpose(0, 1), case.cos[:seen], case.sin[:seen])
+            for head in range(case.queries.shape[1]):
+                kv = head // (case.queries.shape[1] // keys.shape[1])
+                query = naive_rotate(case.queries[row, head], case.cos[seen - 1], case.sin[seen - 1])
+                logits = turned[kv] @ query * case.scale
+                if softcap:
+                    logits = softcap * (logits / softcap).tanh()
+                if sinks is not None:
+                    logits = torch.cat((logits, sinks[head : head + 1].double()))
+                out[row, head] = logits.softmax(0)[:seen] @ values[:seen, kv]
+            row += 1
+    return out
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("softcap", [None, 0.7, 3.0])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=shapes)
+def test_attention_honours_soft_cap_and_sink_logits(dtype: torch.dtype, softcap: float | None, sinks: bool) -> None:
+    learned = torch.randn(6) * 3 if sinks else None
+    case = sparse_case(dtype=dtype, softcap=softcap, sink_logits=learned)
+    case.scale = 0.4
+    check_attention(case, with_extras(case, softcap, learned))
+
+
+def test_queries_of_no_block_get_zeros() -> None:
+    case = sparse_case()
+    case.queries = torch.cat((case.queries, torch.full((2, 6, 16), float("nan"))))
+    out = case.run()
+    assert torch.equal(out[22:], torch.zeros(2, 6, 16))
+    assert out.isfinite().all()
+
+
+def test_causal_attention_is_sdpa_over_the_last_queries() -> None:
+    q, k, v = torch.randn(6, 5, 16), torch.randn(2, 23, 16), torch.randn(2, 23, 16)
+    mask = torch.ones(5, 23, dtype=torch.bool).tril(18)
+    expected = scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=1.0, enable_gqa=True)[0]
+    torch.testing.assert_close(causal_attention(q, k, v), expected, atol=TOLERANCE[torch.float32], rtol=0)
+
+
+# -- the choice of a backend ---------------------------------------------------------------------------------
+
+
+def test_auto_finds_a_backend_that_can_run() -> None:
+    backend = find_backend("auto", torch.device("cpu"), torch.float32, 64)
+    assert backend.why_not(torch.device("cpu"), torch.float32, 64) is None
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^backend must be one of auto, .*reference.* got 'fast'$"):
+        find_backend("fast", torch.device("cpu"), torch.float32, 64)
+
+
+def test_a_backend_asked_for_by_name_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKENDS["reference"], "why_not", lambda *_: "no such luck")
+    with pytest.raises(BackendUnavailable, match=r"'reference' cannot run: no such luck; use backend='auto'"):
+        find_backend("reference", torch.device("cpu"), torch.float32, 64)
