@@ -7,7 +7,6 @@ Greedy, raw completion, the first number of 8 new tokens counts. Every sample be
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from typing import Annotated, Any
 
@@ -58,7 +57,6 @@ def main(
 def ask(loaded: LoadedModel, sample: Sample, method: str, config: TokenSelectConfig) -> dict[str, Any]:
     """One greedy answer, judged."""
     ids = loaded.tokenizer(raw_prompt(sample), return_tensors="pt", verbose=False).input_ids
-    started = time.perf_counter()
     with attach(loaded.model, method, config, None), torch.no_grad():
         out = loaded.model.generate(
             ids,
@@ -74,7 +72,6 @@ def ask(loaded: LoadedModel, sample: Sample, method: str, config: TokenSelectCon
         "expected": sample.answer,
         "answer": text,
         "right": int(is_right(text, sample)),
-        "seconds": round(time.perf_counter() - started, 1),
     }
 
 

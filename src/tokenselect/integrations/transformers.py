@@ -192,7 +192,8 @@ class TokenSelect:
             raise ValueError("this cache was filled without TokenSelect: its keys are rotated; start a new one")
         owner = Owner()
         self._owners.add(owner)
-        cache.layers = DynamicCache(config=self.host.config).layers or [None] * self.host.config.num_hidden_layers
+        fresh: Any = DynamicCache(config=self.host.config).layers
+        cache.layers = fresh or [None] * self.host.config.num_hidden_layers
         for index in self.host.attention:
             cache.layers[index] = RawKeyLayer(owner)
         cache.layer_class_to_replicate = None
