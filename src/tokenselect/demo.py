@@ -6,6 +6,7 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -80,6 +81,8 @@ class Demo:
             samples = demo_samples(self.loaded.tokenizer, num_tokens, num_questions, seed)
         self._print(self._intro(samples))
         try:
+            # Weights become resident when they are first used: not to be counted as the first method's memory.
+            llms["dense"].generate("Warm up.", max_new_tokens=2)
             for method, llm in llms.items():
                 self._run_method(llm, samples[:1] if method == "dense" else samples, max_new_tokens)
         except KeyboardInterrupt:
@@ -110,7 +113,7 @@ class Demo:
     def _intro(self, samples: list[Sample]) -> str:
         return (
             f"{escape(self.loaded.name)}, trained on {self.loaded.trained_window:,} tokens, reads "
-            f"{len(samples)} documents of about {samples[0].num_tokens:,} tokens (State of the Union "
+            f"{_count(len(samples), 'document')} of about {samples[0].num_tokens:,} tokens (State of the Union "
             f"addresses), each with one hidden fact. Budget: {self.config.budget:,} tokens."
         )
 
@@ -142,8 +145,8 @@ class Demo:
 
     def print_table(self) -> None:
         """The methods side by side, on stdout."""
-        table = Table(caption=_NOTE, caption_justify="left")
-        table.add_column("method")
+        table = Table(box=SIMPLE, caption=_NOTE, caption_justify="left")
+        table.add_column("method", no_wrap=True)
         for title in ("facts\nfound", "first\ntoken", "prefill\ntokens/s", "decode\ntokens/s", "memory"):
             table.add_column(title, justify="right")
         table.add_column("of it\nKV", justify="right")
@@ -173,6 +176,10 @@ def _verdict(result: Result, number: int, total: int) -> str:
     return (
         f"{TITLES[result.method]} {number}/{total}, fact at {result.depth:.0%}: {escape(repr(result.answer))} {verdict}"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -52,18 +53,16 @@ class Reading:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
-            _TokensPerSecond(),
-            TimeRemainingColumn(),
+            _Pace(),
             console=display.console,
             transient=True,
             disable=display.console.quiet or not display.console.is_terminal,
         )
-        self._task = self._bar.add_task(label, total=None, visible=False)
+        self._task = self._bar.add_task(label, total=None)  # moves without a measure until the first chunk is read
 
     def update(self, done: int, total: int) -> None:
         """To be passed as `on_prefill`."""
-        self._bar.update(self._task, completed=done, total=total, visible=True)
+        self._bar.update(self._task, completed=done, total=total)
 
     def stop(self) -> None:
         """Take the bar away; the answer begins."""
@@ -77,10 +76,17 @@ class Reading:
         self.stop()
 
 
-class _TokensPerSecond(ProgressColumn):
+class _Pace(ProgressColumn):
+    """Tokens read, tokens per second and time left, from the mean pace: rich's own needs many small steps."""
+
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} tokens/s" if speed else "")
+        """One line; empty until the first chunk is read."""
+        seconds = task.finished_time or task.elapsed
+        if not task.total or not task.completed or not seconds:
+            return Text("")
+        pace = task.completed / seconds
+        left = timedelta(seconds=round((task.total - task.completed) / pace))
+        return Text(f"{task.completed:,.0f} of {task.total:,.0f} tokens, {pace:,.0f} tokens/s, {left} left", "dim")
 
 
 def describe(stats: Stats) -> Iterator[str]:
@@ -89,8 +95,10 @@ def describe(stats: Stats) -> Iterator[str]:
 
     read = stats.prompt_tokens - stats.cached_tokens
     kept = f" (+ {stats.cached_tokens:,} kept)" if stats.cached_tokens else ""
-    yield f"read {read:,} tokens{kept}{_at(stats.prefill_tokens_per_s)}"
-    if stats.ttft_s is not None:
+    if stats.ttft_s is None:
+        yield f"stopped while reading {read:,} tokens{kept}"
+    else:
+        yield f"read {read:,} tokens{kept}{_at(stats.prefill_tokens_per_s)}"
         yield f"first token after {stats.ttft_s:.2f} s"
     yield f"wrote {stats.new_tokens:,}{_at(stats.decode_tokens_per_s)}"
     budget = "" if stats.budget is None else f", budget {stats.budget:,}"

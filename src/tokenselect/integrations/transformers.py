@@ -171,7 +171,7 @@ class TokenSelect:
 
     def _before_attention(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Hand the layer its cache, and positions that leave queries and keys raw."""
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        cache: Any = kwargs.get("past_key_values", kwargs.get("layer_past"))
         kwargs["position_embeddings"] = self._identity
         kwargs["tokenselect"] = cache.layers[index]
         return args, kwargs
