@@ -13,8 +13,8 @@ PACKAGE = ROOT / "src" / "tokenselect"
 
 # What each part may import, from the top down.
 LAYERS = [
-    {"cli"},
-    {"llm", "demo", "generation", "sampling"},
+    {"cli", "demo"},
+    {"llm", "generation", "sampling"},
     {"methods", "evals", "models", "embedded", "memory", "stats"},
     {"integrations"},
     {"cache"},

@@ -159,8 +159,8 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         if kept is None or kept.table is not table:
             kept = self.rotated = RotatedKeys(torch.empty_like(own.keys[:, :, :0]), table)
         if own.length > kept.buffer.shape[2]:
-            capacity = min(own.keys.shape[2], cos.shape[2])
-            kept.buffer = _enlarged(kept.buffer, kept.length, max(capacity, own.length))
+            capacity = max(own.length, int(kept.buffer.shape[2] * _GROWTH), _LEAST_CAPACITY)
+            kept.buffer = _enlarged(kept.buffer, kept.length, min(capacity, own.keys.shape[2]))
         new = slice(kept.length, own.length)
         kept.buffer[:, :, new] = rotate(own.keys[:, :, new], cos[:, :, new], sin[:, :, new], interleaved)
         kept.length = own.length

@@ -138,7 +138,10 @@ class TokenSelectConfig:
         known = [item.name for item in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
 
 def _check(name: str, value: Any, hint: Any, low: int) -> None:
@@ -150,7 +153,7 @@ def _check(name: str, value: Any, hint: Any, low: int) -> None:
         return
     wanted = next((kind for kind in (bool, str, float) if hint is kind), int)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) <= _LARGEST else math.inf
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise TypeError(f"{name} must be {wanted.__name__}, got {value!r}")
     if wanted is float and not (math.isfinite(value) and value >= 0):

@@ -145,9 +145,9 @@ class Demo:
 
     def print_table(self) -> None:
         """The methods side by side, on stdout."""
-        table = Table(box=SIMPLE, caption=_NOTE, caption_justify="left")
+        table = Table(box=SIMPLE, padding=(0, 1, 0, 0), caption=_NOTE, caption_justify="left")
         table.add_column("method", no_wrap=True)
-        for title in ("facts\nfound", "first\ntoken", "prefill\ntokens/s", "decode\ntokens/s", "memory"):
+        for title in ("facts\nfound", "first\ntoken, s", "prefill\ntok/s", "decode\ntok/s", "memory"):
             table.add_column(title, justify="right")
         table.add_column("of it\nKV", justify="right")
         table.add_column("attended", justify="right")
@@ -157,12 +157,12 @@ class Demo:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    def number(name: str, unit: str = "") -> str:
-        return "-" if row[name] is None else f"{row[name]:,.1f}{unit}"
+    def number(name: str) -> str:
+        return "-" if row[name] is None else f"{row[name]:,.1f}"
 
     return [
         f"{row['facts_found']} of {row['facts_asked']}",
-        number("ttft_s", " s"),
+        number("ttft_s"),
         number("prefill_tokens_per_s"),
         number("decode_tokens_per_s"),
         readable(row["peak_memory_beyond_start_bytes"]),

@@ -133,7 +133,10 @@ class HostRotary:
         """The host's own cosines and sines for the positions `0 .. length - 1`, float32."""
         device = next((buffer.device for buffer in self._module.buffers()), torch.device("cpu"))
         positions = torch.arange(length, device=device)[None]
-        cos, sin = self._module(torch.zeros(1, 1, 1, device=device), positions, **self._extra)
+        tables = self._module(torch.zeros(1, 1, 1, device=device), positions, **self._extra)
+        if not isinstance(tables, tuple) or len(tables) != 2:
+            raise NotImplementedError("a rotary embedding that is not a pair of cosines and sines")
+        cos, sin = tables
         return cos, sin
 
     def _make(self, length: int) -> RotaryTable:

@@ -66,7 +66,7 @@ def inspect_model(model: nn.Module) -> Host:
     text: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     _refuse_by_config(config, text)
     decoder = _find_decoder(model, text)
-    attention = {index: _attention_of(decoder.layers[index]) for index in _full_attention_layers(text)}
+    attention = {index: _attention_of(decoder.layers[index], text) for index in _full_attention_layers(text)}
     if not attention:
         raise NotImplementedError(
             f"every layer of {_name(text)} has sliding-window attention: there is nothing to select from"
@@ -110,6 +110,7 @@ def _queries_of(module: nn.Module, host: Host, position_embeddings: tuple[Tensor
             hidden_states=hidden.to(host.device, host.dtype),
             position_embeddings=position_embeddings,
             attention_mask=None,
+            position_ids=torch.arange(_PROBE_LENGTH, device=host.device)[None],
         )
     return queries[0]
 
@@ -159,9 +160,13 @@ def _full_attention_layers(text: Any) -> list[int]:
     return [index for index, kind in enumerate(kinds) if kind is DynamicLayer]
 
 
-def _attention_of(layer: nn.Module) -> nn.Module:
+def _attention_of(layer: nn.Module, text: Any) -> nn.Module:
     for module in layer.modules():
         if type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx"):
+            if getattr(module, "is_causal", True) is not True:
+                raise NotImplementedError(f"{_name(text)} has bidirectional attention: only decoders are supported")
+            if getattr(module, "config", None) is not text:
+                raise NotImplementedError(f"{_name(text)} has attention that Transformers cannot exchange")
             return module
     raise NotImplementedError(f"no attention module found in {type(layer).__name__}")
 

@@ -63,7 +63,7 @@ class DensePass:
             out = scaled_dot_product_attention(
                 query, keys, values, self.mask, is_causal=causal, scale=scale, enable_gqa=True
             )
-        return out.transpose(1, 2)
+        return out.transpose(1, 2).contiguous()
 
     def _attend_row(self, row: int, query: Tensor, keys: Tensor, values: Tensor, extras: Extras) -> Tensor:
         """One sequence of the batch, some queries at a time so that the logits stay small."""

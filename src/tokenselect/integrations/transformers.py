@@ -7,14 +7,16 @@ exit, also after an exception.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
 from itertools import pairwise
 from types import TracebackType
-from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,8 @@ from tokenselect.integrations.passes import Extras, plan_pass
 from tokenselect.ops import find_backend
 
 _PREFIX = "tokenselect_over_"
-_ENABLED: WeakKeyDictionary[nn.Module, TokenSelect] = WeakKeyDictionary()
+# By decoder. The model holds its TokenSelect (in what is put before its methods), so this need not.
+_ENABLED: WeakKeyDictionary[nn.Module, ref[TokenSelect]] = WeakKeyDictionary()
 # Where the prompt that `generate` is reading ends, padding included: its last tokens select one by one.
 _PROMPT_END: ContextVar[int | None] = ContextVar("prompt_end", default=None)
 
@@ -46,6 +49,10 @@ class TokenSelect:
         NotImplementedError: the model cannot be served; the message names why.
         ValueError: the budget is larger than the model's trained window.
         BackendUnavailable: a backend asked for by name cannot run.
+
+    Note:
+        A left-padded batch read in several chunks is cut into chunks for all its rows at once, so in a row whose
+        padding is no multiple of `block_size` a chunk's end cuts a block in two, which may select otherwise than alone.
 
     Example:
         with TokenSelect(model, TokenSelectConfig()):
@@ -69,20 +76,21 @@ class TokenSelect:
         self._stack = ExitStack()
 
     def __enter__(self) -> TokenSelect:
-        if self.model in _ENABLED:
+        if self.host.decoder in _ENABLED:
             raise RuntimeError("TokenSelect is enabled on this model already: leave it first")
         self.rotary = learn_rotary(self.host, self.config.budget)
         with ExitStack() as stack:  # undone here too if a step fails
             self._identity = self.rotary.identity(self.host.dtype)
             stack.enter_context(_attention_name(self.host.config))
+            _put_back(stack, self.host.decoder.rotary_emb)
             for index, module in self.host.attention.items():
                 hook = functools.partial(self._before_attention, index)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             _override(stack, self.host.decoder, "forward", self._forward)
             if hasattr(self.model, "generate"):
                 _override(stack, self.model, "generate", self._generate)
-            _ENABLED[self.model] = self
-            stack.callback(_ENABLED.pop, self.model, None)
+            _ENABLED[self.host.decoder] = ref(self)
+            stack.callback(_ENABLED.pop, self.host.decoder, None)
             self._stack = stack.pop_all()
         return self
 
@@ -118,17 +126,9 @@ class TokenSelect:
         """The decoder's forward: long inputs in chunks, each with its plan."""
         if self.host.decoder.training:
             raise NotImplementedError("training is not supported: call model.eval()")
-        names = (
-            "input_ids",
-            "attention_mask",
-            "position_ids",
-            "past_key_values",
-            "inputs_embeds",
-            "use_cache",
-        )
-        kwargs.update(zip(names, args, strict=False))
+        kwargs.update(zip(inspect.signature(original).parameters, args, strict=False))
         inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        if inputs is None:
+        if inputs is None or not inputs.shape[1]:
             return original(**kwargs)  # which says what is missing
         cache, owner = self._prepare_cache(kwargs.get("past_key_values"))
         past, length = cache.get_seq_length(), inputs.shape[1]
@@ -171,6 +171,8 @@ class TokenSelect:
 
     def _before_attention(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Hand the layer its cache, and positions that leave queries and keys raw."""
+        if not self.host.config._attn_implementation.startswith(_PREFIX):
+            raise RuntimeError("the attention implementation was changed inside TokenSelect: leave it first")
         cache: Any = kwargs.get("past_key_values", kwargs.get("layer_past"))
         kwargs["position_embeddings"] = self._identity
         kwargs["tokenselect"] = cache.layers[index]
@@ -211,9 +213,10 @@ def disable(model: nn.Module) -> None:
     Raises:
         RuntimeError: it is not enabled.
     """
-    if model not in _ENABLED:
+    enabled = next((found() for found in map(_ENABLED.get, model.modules()) if found), None)
+    if enabled is None:
         raise RuntimeError("TokenSelect is not enabled on this model")
-    _ENABLED[model].__exit__(None, None, None)
+    enabled.__exit__(None, None, None)
 
 
 def _attend(
@@ -233,9 +236,16 @@ def _attend(
         return result
     if kwargs.get("output_attentions"):
         raise NotImplementedError("output_attentions is not supported: no attention matrix exists")
+    if not (_same(key, tokenselect.keys) and _same(value, tokenselect.values)):
+        kind = getattr(module.config, "model_type", type(module).__name__)
+        raise NotImplementedError(f"{kind} changes keys or values after they are cached, which is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     extras = Extras(kwargs.get("softcap"), kwargs.get("s_aux"))
     return tokenselect.owner.plan.attend(tokenselect, query, scale, extras), None
+
+
+def _same(given: Tensor, cached: Tensor | None) -> bool:
+    return cached is not None and given.data_ptr() == cached.data_ptr() and given.shape == cached.shape
 
 
 def _own_attention(module: nn.Module) -> Callable[..., Any]:
@@ -257,22 +267,25 @@ def _mask(*args: Any, config: Any, **kwargs: Any) -> Any:
 class _attention_name:  # noqa: N801  (a context manager)
     """Let a config name our attention, registered as long as somebody uses it."""
 
-    users: dict[str, int] = {}  # noqa: RUF012
+    users: ClassVar[Counter[tuple[str, int]]] = Counter()  # of a name by a config: models may share one
 
     def __init__(self, config: Any) -> None:
-        self.config, self.own = config, config._attn_implementation
+        self.config, self.own = config, config._attn_implementation.removeprefix(_PREFIX)
         self.name = _PREFIX + self.own
 
     def __enter__(self) -> None:
         AttentionInterface.register(self.name, _attend)
         AttentionMaskInterface.register(self.name, _mask)
-        self.users[self.name] = self.users.get(self.name, 0) + 1
+        self.users[self.name, id(self.config)] += 1
         self.config._attn_implementation = self.name
 
     def __exit__(self, *error: object) -> None:
+        self.users[self.name, id(self.config)] -= 1
+        if self.users[self.name, id(self.config)]:
+            return
+        del self.users[self.name, id(self.config)]
         self.config._attn_implementation = self.own
-        self.users[self.name] -= 1
-        if not self.users[self.name]:
+        if not any(name == self.name for name, _ in self.users):
             AttentionInterface._global_mapping.pop(self.name, None)
             AttentionMaskInterface._global_mapping.pop(self.name, None)
 
@@ -292,6 +305,17 @@ def _override(stack: ExitStack, module: nn.Module, name: str, ours: Callable[...
             module.__dict__[name] = had_own
 
     module.__dict__[name] = call
+    stack.callback(undo)
+
+
+def _put_back(stack: ExitStack, rotary: nn.Module) -> None:
+    """Undo what a dynamic embedding remembers of the longest input it has seen."""
+    attributes, buffers = dict(rotary.__dict__), dict(rotary._buffers)
+
+    def undo() -> None:
+        rotary._buffers.update(buffers)
+        rotary.__dict__.update(attributes)
+
     stack.callback(undo)
 
 
@@ -345,11 +369,14 @@ def _slice_inputs(kwargs: dict[str, Any], past: int, start: int, end: int) -> di
 
 def _merge(outputs: list[Any], cache: Cache | None) -> BaseModelOutputWithPast:
     """One output from those of the chunks."""
-    merged = outputs[0]
-    merged.past_key_values = cache
+    merged = dict(outputs[0])
+    merged.pop("past_key_values", None)
+    if cache is not None:
+        merged["past_key_values"] = cache
     if len(outputs) > 1:
-        merged.last_hidden_state = torch.cat([part.last_hidden_state for part in outputs], dim=1)
-        if merged.get("hidden_states") is not None:
-            layers = zip(*(part.hidden_states for part in outputs), strict=True)
-            merged.hidden_states = tuple(torch.cat(parts, dim=1) for parts in layers)
-    return merged
+        merged["last_hidden_state"] = torch.cat([part.last_hidden_state for part in outputs], dim=1)
+        for name, dim in (("hidden_states", 1), ("router_logits", 0)):
+            if merged.get(name) is not None:
+                layers = zip(*(part[name] for part in outputs), strict=True)
+                merged[name] = tuple(torch.cat(parts, dim=dim) for parts in layers)
+    return type(outputs[0])(**merged)

@@ -46,7 +46,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     else:
         a, b = turned[..., :half], turned[..., half:]
         out = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
+    return torch.cat((out, rest.expand(*out.shape[:-1], -1)), dim=-1) if rest.shape[-1] else out
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def score_tokens(
     """
     context = candidates if context is None else context
     votes = []
-    for group in _same_sequence(sequences.tolist()):
+    for group in _same_first(list(zip(sequences.tolist(), context[:, 0].tolist(), strict=True))):
         ends = context[group, 1]
         first, last = int(context[group.start, 0]), int(ends.max())
         rows = pages.rows(keys, int(sequences[group.start]), first, last).transpose(0, 1).float()  # [Hkv, T, D]
@@ -119,11 +119,11 @@ def score_tokens(
 _GROUP = 16  # blocks scored together: one read of the keys, and logits that stay small
 
 
-def _same_sequence(sequences: list[int]) -> Iterator[slice]:
-    """Runs of blocks that belong to one sequence."""
+def _same_first(firsts: list[tuple[int, int]]) -> Iterator[slice]:
+    """Runs of blocks whose contexts begin at the same token (sequence, position)."""
     start = 0
-    for end in range(1, len(sequences) + 1):
-        if end == len(sequences) or sequences[end] != sequences[start] or end - start == _GROUP:
+    for end in range(1, len(firsts) + 1):
+        if end == len(firsts) or firsts[end] != firsts[start] or end - start == _GROUP:
             yield slice(start, end)
             start = end
 
@@ -132,7 +132,8 @@ def _normalised(votes: Tensor, bounds: Tensor) -> Tensor:
     """Votes [N, T] of one view, those of each block's candidates divided by their sum."""
     position = torch.arange(votes.shape[1], device=votes.device)
     inside = (position >= bounds[:, :1]) & (position < bounds[:, 1:])
-    return votes / (votes * inside).sum(-1, keepdim=True)
+    total = (votes * inside).sum(-1, keepdim=True)
+    return votes / total.clamp(min=torch.finfo(total.dtype).tiny)  # 0 where every head looks elsewhere
 
 
 def _logits(queries: Tensor, rows: Tensor, view: Distances, group: slice) -> Tensor:
