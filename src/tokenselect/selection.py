@@ -47,7 +47,7 @@ class SelectionState:
     window_start: int = 0  # where the local window began then: nothing between is lost by reuse
     lookups: int = 0
     hits: int = 0
-    attended: int = 0  # tokens attended by blocks that selected, and tokens that they could have attended
+    attended: int = 0  # tokens attended by the queries that selected, and tokens that there were for them
     available: int = 0
 
     def forget(self) -> None:
@@ -178,8 +178,9 @@ def select_tokens(
         elif k:
             window = state.window_start
         attended.append(_attended(state.indices if k else None, window, block, config, keys.device))
-        state.attended += attended[-1].shape[0]
-        state.available += block.end
+        own = block.end - block.start
+        state.attended += own * attended[-1].shape[0]
+        state.available += own * block.end
     return attended
 
 

@@ -27,7 +27,7 @@ class Stats:
         prefill_tokens_per_s: tokens read, over `ttft_s`.
         decode_tokens_per_s: new tokens after the first, over the time they took; None if there are none.
         budget: the most tokens that one query attends; None for dense attention.
-        attended_share: tokens attended over tokens there were, for the blocks that selected; 1.0 if none did.
+        attended_share: tokens attended over tokens there were, for the queries that selected; 1.0 if none did.
         reuse_hit_rate: share of decode steps that the Selection Cache served; None if it was never asked.
         kv_bytes: keys and values held at the end, room for growth not counted.
         peak_memory_bytes: the most memory used, weights included.
