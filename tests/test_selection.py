@@ -260,7 +260,7 @@ def test_what_is_attended_is_counted() -> None:
     layer = Layer(CONFIG)
     layer.select(random_queries(12), Block(0, 30, 36, 0), Block(0, 36, 42, 6))
     state = layer.states[0]
-    assert (state.attended, state.available) == (2 * CONFIG.budget, 36 + 42)
+    assert (state.attended, state.available) == (6 * 2 * CONFIG.budget, 6 * (36 + 42))
 
 
 # -- the Selection Cache -------------------------------------------------------------------------------------
