@@ -31,7 +31,7 @@ class TokenSelectConfig:
 
     num_sink_tokens: int = _setting(128, "first tokens, always attended")
     num_local_tokens: int = _setting(512, "tokens right before a block, always attended")
-    num_selected_tokens: int = _setting(2048, "tokens chosen by vote among the rest; 0: sinks + local alone")
+    num_selected_tokens: int = _setting(512, "tokens chosen by vote among the rest; 0: sinks + local alone")
     block_size: int = _setting(512, "consecutive prompt tokens that share one selection", low=1)
     num_tail_tokens: int = _setting(64, "last prompt tokens, which select one by one")
     scoring: Scoring = _setting("mix", "how keys are scored: at one distance, at bucketed distances, or both")
@@ -68,6 +68,7 @@ class TokenSelectConfig:
     def paper(cls) -> TokenSelectConfig:
         """The published settings (Wu et al., EMNLP 2025, section 4 and their code)."""
         return cls(
+            num_selected_tokens=2048,
             num_tail_tokens=0,
             scoring="position_free",
             scale_votes=False,
