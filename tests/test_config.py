@@ -171,7 +171,7 @@ def test_paper_has_the_published_values() -> None:
 
 def test_defaults_are_the_starting_values_of_the_method() -> None:
     config = TokenSelectConfig()
-    assert (config.num_sink_tokens, config.num_local_tokens, config.num_selected_tokens) == (128, 512, 2048)
+    assert (config.num_sink_tokens, config.num_local_tokens, config.num_selected_tokens) == (128, 512, 512)
     assert (config.block_size, config.num_tail_tokens, config.distance_bucket_size) == (512, 64, 64)
     assert (config.scoring, config.head_weights, config.reuse) == ("mix", False, False)
 
@@ -203,8 +203,8 @@ def test_budget(changes: dict[str, Any], limit: int, budget: int) -> None:
 
 def test_check_window_names_both_numbers_and_what_to_lower() -> None:
     config = TokenSelectConfig()
-    config.check_window(3200)
-    with pytest.raises(ValueError, match=r"budget of 3200 tokens.*window of 3199: lower num_selected_tokens"):
+    config.check_window(1664)
+    with pytest.raises(ValueError, match=r"budget of 1664 tokens.*window of 1663: lower num_selected_tokens"):
         config.check_window(3199)
 
 

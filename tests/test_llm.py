@@ -308,7 +308,7 @@ def test_unknown_method_is_refused_before_loading() -> None:
 
 
 def test_budget_beyond_the_window(loaded: LoadedModel) -> None:
-    with pytest.raises(ValueError, match=r"3200 .* 256"):
+    with pytest.raises(ValueError, match=r"1664 .* 256"):
         LLM(loaded)
     LLM(loaded, "dense")
 

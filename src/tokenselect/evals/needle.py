@@ -44,6 +44,7 @@ class Wording:
     question: str
 
 
+# Chosen on dense attention alone, at 7,500 tokens, like the facts below.
 PASSKEY_WORDINGS: Mapping[str, Wording] = {
     "pass key": Wording(
         "The pass key is {number}. Remember it. {number} is the pass key.",
@@ -51,7 +52,7 @@ PASSKEY_WORDINGS: Mapping[str, Wording] = {
     ),
     "5-digit number": Wording(
         "Remember this 5-digit number: {number}. The 5-digit number is {number}.",
-        "What is the 5-digit number? The 5-digit number is",
+        "Remember this 5-digit number:",
     ),
 }
 
