@@ -140,7 +140,7 @@ def test_the_ends_are_allowed_depths(tokenizer: PreTrainedTokenizerFast, text: s
 
 
 def test_bad_arguments_are_named(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    with pytest.raises(ValueError, match="wording must be one of 'pass key', '5-digit number', got 'x'"):
+    with pytest.raises(ValueError, match="wording must be one of 'pass key', 'magic number', got 'x'"):
         passkey(tokenizer, 1000, 0.5, "x")
     with pytest.raises(ValueError, match=r"depth must be from 0 to 1, got 1\.5"):
         fact_in_text(tokenizer, text, 1000, 1.5, "magic number")
@@ -156,7 +156,7 @@ def test_bad_arguments_are_named(tokenizer: PreTrainedTokenizerFast, text: str) 
 
 @pytest.mark.parametrize(
     "completion",
-    [" 12345.", "12345", " 12,345.", ": 12345, I think", " the number 12345.\n\n67890", " 12345<|im_end|>"],
+    [" 12345.", " 12345.6", "12345", " 12,345.", ": 12345, I think", " the number 12345.\n\n67890", " 12345<|im_end|>"],
 )
 def test_right_completions(completion: str) -> None:
     assert is_right(completion, Sample("", "", "12345", 0.5, "x", 0))
@@ -170,7 +170,6 @@ def test_right_completions(completion: str) -> None:
         " 123456.",
         " 012345",
         " 1234",
-        " 12345.6",
         " 12,3456",
         " 12345,678",
         " 7 or 12345",

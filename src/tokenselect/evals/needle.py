@@ -50,9 +50,9 @@ PASSKEY_WORDINGS: Mapping[str, Wording] = {
         "The pass key is {number}. Remember it. {number} is the pass key.",
         "Remember the pass key. The pass key is",
     ),
-    "5-digit number": Wording(
-        "Remember this 5-digit number: {number}. The 5-digit number is {number}.",
-        "Remember this 5-digit number:",
+    "magic number": Wording(
+        "The magic number is {number}. Remember it. {number} is the magic number.",
+        "Remember the magic number. The magic number is",
     ),
 }
 
@@ -122,7 +122,7 @@ def is_right(answer_text: str, sample: Sample) -> bool:
     found = _NUMBER.search(answer_text)
     if found is None:
         return False
-    number = found.group()
+    number = found.group().partition(".")[0]
     return (number.replace(",", "") if _THOUSANDS.fullmatch(number) else number) == sample.answer
 
 
