@@ -107,7 +107,7 @@ def test_fact_grid_hides_one_fact_per_document(tokenizer: PreTrainedTokenizerFas
     }
 
 
-@pytest.mark.parametrize("num_tokens", [1000, 2997])
+@pytest.mark.parametrize("num_tokens", [2000, 2997])
 def test_passkey_grid_hides_one_key_per_haystack(tokenizer: PreTrainedTokenizerFast, num_tokens: int) -> None:
     samples = passkey_grid(tokenizer, num_tokens)
     assert len(samples) == 20

@@ -131,7 +131,7 @@ def passkey(tokenizer: PreTrainedTokenizerBase, num_tokens: int, depth: float, w
 
     Args:
         tokenizer: counts the tokens.
-        num_tokens: most tokens of document and question together; from 1,000 on at least 99% of it is used.
+        num_tokens: most tokens of document and question together; from 2,000 on at least 99% of it is used.
         depth: where the key is, from 0 (start) to 1 (end).
         wording: a key of `PASSKEY_WORDINGS`.
         seed: decides the number.
@@ -167,7 +167,7 @@ def fact_in_text(
     Args:
         tokenizer: a fast tokenizer; counts and cuts.
         text: the text the document is cut from.
-        num_tokens: most tokens of document and question together; from 1,000 on at least 99% of it is used.
+        num_tokens: most tokens of document and question together; from 2,000 on at least 99% of it is used.
         depth: where the fact is, from 0 (start) to 1 (end), moved to the nearest start of a sentence.
         wording: a key of `FACT_WORDINGS` or `REPHRASED_WORDINGS`.
         seed: decides city, number and the part of the text; consecutive seeds spread over the whole of it.
