@@ -55,7 +55,7 @@ def prefill(
 
 @app.command()
 def within_budget(
-    lengths: Annotated[list[int], typer.Option("--length", help="tokens of the prompt")] = [256, 1024, 2500],  # noqa: B006
+    lengths: Annotated[list[int], typer.Option("--length", help="tokens of the prompt")] = [256, 600, 1100],  # noqa: B006
     repeats: Annotated[int, typer.Option(help="rounds")] = 15,
     decode: Annotated[int, typer.Option(help="tokens decoded in a round")] = 32,
 ) -> None:
