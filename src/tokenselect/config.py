@@ -32,6 +32,7 @@ class TokenSelectConfig:
     num_sink_tokens: int = _setting(128, "first tokens, always attended")
     num_local_tokens: int = _setting(512, "tokens right before a block, always attended")
     num_selected_tokens: int = _setting(512, "tokens chosen by vote among the rest; 0: sinks + local alone")
+    num_dense_tokens: int = _setting(0, "a context of at most so many tokens is attended whole, whatever the budget")
     block_size: int = _setting(512, "consecutive prompt tokens that share one selection", low=1)
     num_tail_tokens: int = _setting(64, "last prompt tokens, which select one by one")
     scoring: Scoring = _setting("mix", "how keys are scored: at one distance, at bucketed distances, or both")
@@ -87,9 +88,18 @@ class TokenSelectConfig:
         """Largest block start at which every earlier token is attended, so that nothing is selected."""
         return self.num_sink_tokens + self.num_selected_tokens + self.num_local_tokens
 
+    def covers(self, num_tokens: int, block_start: int) -> bool:
+        """Whether a block attends every earlier token, in a context of `num_tokens`."""
+        return block_start <= self.dense_limit or num_tokens <= self.num_dense_tokens
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that attended tokens can have."""
+        return max(self.budget, self.num_dense_tokens)
+
     @property
     def budget(self) -> int:
-        """The most tokens one query attends; attended positions are always below it.
+        """The most tokens that a query attends which selects.
 
         With the Selection Cache on, a decode step may reach back over twice the local window.
         """
@@ -107,6 +117,11 @@ class TokenSelectConfig:
         Raises:
             ValueError: the budget is larger; names both and the settings to lower.
         """
+        if self.num_dense_tokens > trained_window:
+            raise ValueError(
+                f"num_dense_tokens must be at most the model's trained window of {trained_window}, "
+                f"got {self.num_dense_tokens}"
+            )
         if self.budget > trained_window:
             raise ValueError(
                 f"the budget of {self.budget} tokens ({self.num_sink_tokens} sink + {self.num_selected_tokens} "

@@ -102,7 +102,7 @@ def plan_selection(
     """Work out once per forward pass what every layer needs.
 
     Args:
-        blocks: the blocks that select (each starts beyond `config.dense_limit`).
+        blocks: the blocks that select (`config.covers` none of them).
         config: the settings.
         table: rotations of the model.
         max_distance: largest distance for scoring, in tokens.

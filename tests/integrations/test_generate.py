@@ -643,3 +643,25 @@ def test_attention_matrices_are_refused(attention: str) -> None:
     model = build(LlamaConfig(**SIZES), attention)
     with TokenSelect(model, NARROW), pytest.raises(NotImplementedError, match="output_attentions"):
         model(prompt(5), output_attentions=True)
+
+
+# -- contexts attended whole -----------------------------------------------------------------------------------
+
+
+def test_a_short_enough_context_is_attended_whole(llama: PreTrainedModel) -> None:
+    ids = torch.arange(2, 62)[None]
+    config = NARROW.replace(num_dense_tokens=60)
+    assert ids.shape[1] > config.budget
+    dense = llama(ids).logits
+    with TokenSelect(llama, config):
+        torch.testing.assert_close(llama(ids).logits, dense, atol=1e-4, rtol=1e-4)
+    with TokenSelect(llama, config.replace(num_dense_tokens=59)):
+        assert not torch.allclose(llama(ids).logits, dense, atol=1e-4, rtol=1e-4)
+
+
+def test_generation_selects_once_it_outgrows_what_is_attended_whole(llama: PreTrainedModel) -> None:
+    ids = torch.arange(2, 62)[None]
+    with TokenSelect(llama, NARROW.replace(num_dense_tokens=64)):
+        output = llama.generate(ids, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+    lengths = [state.available for layer in output.past_key_values.layers for state in layer.states]
+    assert all(length == sum(range(65, 72)) for length in lengths)

@@ -170,6 +170,7 @@ def plan_pass(
     past: int,
     length: int,
     tail_start: int,
+    known_length: int,
 ) -> DensePass | SparsePass:
     """Work out one forward pass over a batch of sequences.
 
@@ -183,9 +184,12 @@ def plan_pass(
         past: tokens cached before, padding included.
         length: tokens of this pass, padding included.
         tail_start: from there on, padding included, every prompt token selects for itself.
+        known_length: tokens that the context is known to have, padding included: those of the whole prompt.
     """
     blocks = _blocks(config, padding, past, length, tail_start)
-    selecting = [i for i, block in enumerate(blocks) if block.start > config.dense_limit]
+    selecting = [
+        i for i, block in enumerate(blocks) if not config.covers(known_length - padding[block.sequence], block.start)
+    ]
     if not selecting:
         return _dense_pass(table, dtype, padding, past, length)
     lengths = [block.end - block.start for block in blocks]

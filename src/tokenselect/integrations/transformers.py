@@ -78,7 +78,7 @@ class TokenSelect:
     def __enter__(self) -> TokenSelect:
         if self.host.decoder in _ENABLED:
             raise RuntimeError("TokenSelect is enabled on this model already: leave it first")
-        self.rotary = learn_rotary(self.host, self.config.budget)
+        self.rotary = learn_rotary(self.host, self.config.num_positions)
         with ExitStack() as stack:  # undone here too if a step fails
             self._identity = self.rotary.identity(self.host.dtype)
             stack.enter_context(_attention_name(self.host.config))
@@ -151,12 +151,13 @@ class TokenSelect:
         return merged.to_tuple() if as_tuple else merged
 
     def _plan(self, padding: list[int], start: int, end: int, total: int) -> Any:
-        config, tail = self.config, total
-        if total - start > 1 or end - start > 1:
-            prompt_end = _PROMPT_END.get()
-            tail = (total if prompt_end is None else prompt_end) - config.num_tail_tokens
-        table = self.rotary.table(min(total - min(padding), config.budget))
-        return plan_pass(config, self.ops, table, self.max_distance, self.host.dtype, padding, start, end - start, tail)
+        config, prompt_end = self.config, _PROMPT_END.get() or total
+        is_prompt = total - start > 1 or end - start > 1
+        tail = prompt_end - config.num_tail_tokens if is_prompt else total
+        known = max(total, prompt_end)
+        table = self.rotary.table(min(known - min(padding), config.num_positions))
+        dtype, length = self.host.dtype, end - start
+        return plan_pass(config, self.ops, table, self.max_distance, dtype, padding, start, length, tail, known)
 
     def _chunks(self, start: int, end: int) -> list[tuple[int, int]]:
         """Cut a pass where blocks begin; the first piece holds all that needs no selection."""

@@ -38,6 +38,7 @@ def method_config(method: str, config: TokenSelectConfig) -> TokenSelectConfig |
     # Without a selection there is nothing to reuse, and reuse would count a second local window.
     return config.replace(
         num_selected_tokens=0,
+        num_dense_tokens=0,
         num_local_tokens=config.num_local_tokens + config.num_selected_tokens,
         reuse_threshold=2.0,
     )
