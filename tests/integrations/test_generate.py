@@ -560,7 +560,7 @@ def test_an_error_in_a_pass_leaves_the_model_usable(llama: PreTrainedModel) -> N
 
 
 def test_a_budget_beyond_the_trained_window_is_refused(llama: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match=r"3200 tokens.*256"):
+    with pytest.raises(ValueError, match=r"1664 tokens.*256"):
         TokenSelect(llama, TokenSelectConfig())
 
 
