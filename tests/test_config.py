@@ -16,7 +16,7 @@ SWITCHES = ["head_weights", "scale_votes", "local_includes_block"]
 
 
 def test_counts_are_all_here() -> None:
-    assert len(COUNTS) == 9
+    assert len(COUNTS) == 10
     assert set(POSITIVE) < set(COUNTS)
 
 
