@@ -56,7 +56,7 @@ PASSKEY_WORDINGS: Mapping[str, Wording] = {
     ),
 }
 
-# Chosen on dense attention alone, within the window: at 7,500 tokens the model answers them 19 times of 20.
+# Chosen on dense attention alone, within the window: at 7,500 tokens it answers the grid 18 times of 20.
 FACT_WORDINGS: Mapping[str, Wording] = {
     "magic number": Wording(
         "One of the special magic numbers for {city} is: {number}.",
