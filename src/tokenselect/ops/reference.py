@@ -77,6 +77,7 @@ def score_tokens(
     distances: Sequence[Distances],
     scale: float,
     context: Tensor | None = None,
+    key_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All heads of a block vote for the cached tokens that matter (the soft vote).
 
@@ -94,6 +95,7 @@ def score_tokens(
         scale: factor of the logits.
         context: [num_blocks, 2] int64, the positions that a head's softmax covers; it contains the candidates and
             is equal to them where not given.
+        key_scales: [num_rows, num_kv_heads] float32, where `keys` are an int8 copy: a key is its integers times this.
 
     Returns:
         votes: [sum of candidates] float32 >= 0; those of a block sum to at most the number of views.
@@ -104,7 +106,10 @@ def score_tokens(
     for group in _same_first(list(zip(sequences.tolist(), context[:, 0].tolist(), strict=True))):
         ends = context[group, 1]
         first, last = int(context[group.start, 0]), int(ends.max())
-        rows = pages.rows(keys, int(sequences[group.start]), first, last).transpose(0, 1).float()  # [Hkv, T, D]
+        sequence = int(sequences[group.start])
+        rows = pages.rows(keys, sequence, first, last).transpose(0, 1).float()  # [Hkv, T, D]
+        if key_scales is not None:
+            rows = rows * pages.rows(key_scales, sequence, first, last).T[:, :, None]
         outside = torch.arange(first, last, device=keys.device) >= ends[:, None]  # [N, T]
         bounds = candidates[group] - first
         total = torch.zeros(outside.shape, device=keys.device)

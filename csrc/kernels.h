@@ -1,0 +1,108 @@
+// What the kernels take and give: plain pointers, no torch. Definitions of the results: src/tokenselect/ops/reference.py.
+//
+// Every kernel file is compiled once per instruction set, into a namespace of its own, and must therefore hold nothing
+// that the linker could share between them: no inline function of external linkage, no template of the standard library.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tokenselect {
+
+enum class DType : int32_t { f32, bf16, f16, i8 };
+
+// Rows of a paged cache: the vector of token row r and KV head h begins at element r * row_stride + h * head_stride.
+struct Rows {
+  const void* data;
+  int64_t count;  // rows
+  int64_t row_stride;
+  int64_t head_stride;
+  DType dtype;
+};
+
+// Positions of a sequence to rows. Page j of sequence s holds the positions j * page_size ... of its padded tokens.
+struct Pages {
+  const int64_t* pages;  // [num_seqs, max_pages]
+  int64_t max_pages;
+  int64_t page_size;
+  const int64_t* padding;  // [num_seqs]
+};
+
+static inline int64_t row_of(const Pages& p, int64_t sequence, int64_t position) {
+  const int64_t padded = position + p.padding[sequence];
+  const int64_t* own = p.pages + sequence * p.max_pages;
+  if (p.max_pages == 1) return own[0] * p.page_size + padded;
+  return own[padded / p.page_size] * p.page_size + padded % p.page_size;
+}
+
+// Rotations that stand for distances: run r of block b is row run_start_loc[b] + r.
+struct View {
+  const float* cos;  // [runs, half]
+  const float* sin;
+  int64_t run_size;
+  const int64_t* run_start_loc;  // [num_blocks + 1]
+};
+
+constexpr int kMaxViews = 2;
+
+struct ScoreArgs {
+  const float* queries;  // [num_blocks, num_q_heads, head_dim]
+  int64_t num_blocks, num_q_heads, num_kv_heads, head_dim;
+  Rows keys;
+  const float* key_scales;  // [rows, num_kv_heads] of an int8 copy, or null
+  Pages pages;
+  const int64_t* sequences;   // [num_blocks]
+  const int64_t* candidates;  // [num_blocks, 2]
+  const int64_t* context;     // [num_blocks, 2]
+  View views[kMaxViews];
+  int64_t num_views;
+  int64_t half;  // rotated pairs per head
+  bool interleaved;
+  float scale;
+  const int64_t* start_loc;  // [num_blocks + 1]
+  float* votes;
+};
+
+struct TopkArgs {
+  const float* votes;
+  const int64_t* start_loc;  // [num_blocks + 1]
+  int64_t num_blocks;
+  int64_t k;
+  int64_t* indices;  // [num_blocks, k]
+};
+
+struct AttentionArgs {
+  const void* queries;  // [num_queries, num_q_heads, head_dim], contiguous
+  void* out;            // like queries
+  DType dtype;          // of queries and out
+  int64_t num_blocks, num_q_heads, num_kv_heads, head_dim;
+  Rows keys, values;
+  const int64_t* query_start_loc;  // [num_blocks + 1]
+  const int64_t* slots;
+  const int64_t* slot_start_loc;  // [num_blocks + 1]
+  const float* cos;               // [at least the most attended, half]
+  const float* sin;
+  int64_t half;
+  bool interleaved;
+  float scale;
+  float softcap;             // 0: none
+  const float* sink_logits;  // [num_q_heads], or null
+};
+
+// One set per instruction set.
+struct Kernels {
+  const char* name;
+  void (*score_tokens)(const ScoreArgs&);
+  void (*topk_tokens)(const TopkArgs&);
+  void (*sparse_attention)(const AttentionArgs&);
+};
+
+// The thread pool is PyTorch's. `body` gets ranges of 0 .. n - 1, each at least `grain` long but the last.
+void parallel_ranges(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+int64_t num_threads();
+
+// Memory of this thread, 64-byte aligned, kept from call to call; each `slot` is one buffer, at most kScratchSlots.
+constexpr int kScratchSlots = 8;
+void* scratch(int slot, size_t bytes);
+
+}  // namespace tokenselect

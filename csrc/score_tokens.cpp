@@ -1,0 +1,392 @@
+// The soft vote: logits of every head against every candidate, softmax per head, summed over heads.
+//
+// A key is loaded once for all rows that score it: the heads of its group, both views of the distances and the blocks
+// that share its context. Each chunk of keys leaves exp(logit - its own maximum) behind and its maximum and sum, so the
+// second pass reads those, not the keys, and is one multiplication per row and token.
+#include "simd.h"
+
+namespace tokenselect::TS_ISA {
+namespace {
+
+constexpr int64_t kChunk = 512;                   // keys whose logits are made at once
+constexpr int64_t kRowsAtOnce = W == 8 ? 6 : 8;   // accumulators that fit the registers
+constexpr int64_t kBlocksAtOnce = 16;             // blocks that share a read of the keys
+constexpr int64_t kMostWeights = int64_t(32) << 20;  // bytes of exponentials kept between the passes
+constexpr int64_t kEndless = int64_t(1) << 60;
+constexpr float kNone = -3.4e38f;
+
+// How 2 W elements of a key become operands, and how a query is stored so that they meet their own dimensions.
+struct Bf16 {
+  typedef float Query;
+  static constexpr int64_t size = 2;
+  static inline __attribute__((always_inline)) void split(const char* key, vf& a, vf& b) {
+    const vu pairs = load<vu>(key);
+    a = (vf)(pairs << 16);
+    b = (vf)(pairs & 0xffff0000u);
+  }
+  static int64_t place(int64_t i) { return i / (2 * W) * 2 * W + (i & 1) * W + i % (2 * W) / 2; }
+};
+
+struct F16 {
+  typedef float Query;
+  static constexpr int64_t size = 2;
+  static inline __attribute__((always_inline)) void split(const char* key, vf& a, vf& b) {
+    a = load_half((const uint16_t*)key);
+    b = load_half((const uint16_t*)key + W);
+  }
+  static int64_t place(int64_t i) { return i; }
+};
+
+struct F32 {
+  typedef float Query;
+  static constexpr int64_t size = 4;
+  static inline __attribute__((always_inline)) void split(const char* key, vf& a, vf& b) {
+    a = load<vf>(key);
+    b = load<vf>(key + sizeof(vf));
+  }
+  static int64_t place(int64_t i) { return i; }
+};
+
+// int8 keys meet queries of 16 bits: the products are exact and a sum over 256 dimensions fits 32 bits.
+struct I8 {
+  typedef int16_t Query;
+  static constexpr int64_t size = 1;
+  static int64_t place(int64_t i) { return i; }
+};
+
+TS_INLINE vi multiply_add(vi sum, const int8_t* key, const int16_t* query) {
+#if defined(__AVX512VNNI__)
+  const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)key));
+  return (vi)_mm512_dpwssd_epi32((__m512i)sum, wide, load<__m512i>(query));
+#elif defined(__AVX512BW__)
+  const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)key));
+  return sum + (vi)_mm512_madd_epi16(wide, load<__m512i>(query));
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)key));
+  return sum + (vi)_mm256_madd_epi16(wide, load<__m256i>(query));
+#else
+  for (int i = 0; i < W; i++) sum[i] += key[2 * i] * query[2 * i] + key[2 * i + 1] * query[2 * i + 1];
+  return sum;
+#endif
+}
+
+// Sums of products of one key with `Rows` packed queries, spread over a vector each.
+template <class Key, int Rows>
+TS_INLINE void dot_key(const char* key, const typename Key::Query* queries, int64_t dim, vf* out) {
+  if constexpr (Key::size == 1) {
+    vi sum[Rows] = {};
+    for (int64_t d = 0; d < dim; d += 2 * W)
+      for (int r = 0; r < Rows; r++) sum[r] = multiply_add(sum[r], (const int8_t*)key + d, queries + r * dim + d);
+    for (int r = 0; r < Rows; r++) out[r * W] = __builtin_convertvector(sum[r], vf);
+#if defined(__AVX512BF16__)
+  } else if constexpr (__is_same(Key, Bf16)) {  // queries are pairs of bf16 here
+    __m512 sum[Rows] = {};
+    for (int64_t d = 0; d < dim; d += 2 * W) {
+      const __m512bh pairs = load<__m512bh>(key + 2 * d);
+      for (int r = 0; r < Rows; r++)
+        sum[r] = _mm512_dpbf16_ps(sum[r], pairs, load<__m512bh>((const uint16_t*)(queries + r * dim) + d));
+    }
+    for (int r = 0; r < Rows; r++) out[r * W] = (vf)sum[r];
+#endif
+  } else {
+    vf even[Rows] = {}, odd[Rows] = {};
+    for (int64_t d = 0; d < dim; d += 2 * W) {
+      vf a, b;
+      Key::split(key + d * Key::size, a, b);
+      for (int r = 0; r < Rows; r++) {
+        even[r] += a * load<vf>(queries + r * dim + d);
+        odd[r] += b * load<vf>(queries + r * dim + d + W);
+      }
+    }
+    for (int r = 0; r < Rows; r++) out[r * W] = even[r] + odd[r];
+  }
+}
+
+// Logits [Rows, n] (stride `ld`, written in whole vectors) of `Rows` queries against `n` keys.
+template <class Key, int Rows>
+void dot_rows(const char* const* keys, int64_t n, const typename Key::Query* queries, int64_t dim, float* out,
+              int64_t ld) {
+  vf sums[Rows * W];  // [row][key]
+  for (int64_t i = 0; i < n; i += W) {
+    for (int64_t j = 0; j < W; j++) {
+      const char* key = keys[i + j < n ? i + j : n - 1];
+      dot_key<Key, Rows>(key, queries, dim, sums + j);
+    }
+    for (int r = 0; r < Rows; r++) store(out + r * ld + i, sums_of(sums + r * W));
+  }
+}
+
+template <class Key>
+void dot_all(const char* const* keys, int64_t n, const typename Key::Query* queries, int64_t rows, int64_t dim,
+             float* out, int64_t ld) {
+  const int64_t parts = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  for (int64_t p = 0, r = 0; p < parts; p++) {
+    const int64_t some = (rows - r + parts - p - 1) / (parts - p);
+    const auto* q = queries + r * dim;
+    float* o = out + r * ld;
+    switch (some) {
+      case 1: dot_rows<Key, 1>(keys, n, q, dim, o, ld); break;
+      case 2: dot_rows<Key, 2>(keys, n, q, dim, o, ld); break;
+      case 3: dot_rows<Key, 3>(keys, n, q, dim, o, ld); break;
+      case 4: dot_rows<Key, 4>(keys, n, q, dim, o, ld); break;
+      case 5: dot_rows<Key, 5>(keys, n, q, dim, o, ld); break;
+      case 6: dot_rows<Key, 6>(keys, n, q, dim, o, ld); break;
+      case 7: dot_rows<Key, 7>(keys, n, q, dim, o, ld); break;
+      default: dot_rows<Key, 8>(keys, n, q, dim, o, ld); break;
+    }
+    r += some;
+  }
+}
+
+// One query row in the order that its keys are read in; an integer one is scaled by the factor that is returned.
+template <class Key>
+float pack(const float* query, int64_t dim, typename Key::Query* out) {
+  if constexpr (Key::size == 1) {
+    float most = 0;
+    for (int64_t i = 0; i < dim; i++) most = __builtin_fabsf(query[i]) > most ? __builtin_fabsf(query[i]) : most;
+    const float unit = most > 0 ? most / 32767.0f : 1.0f;
+    for (int64_t i = 0; i < dim; i++) out[i] = (int16_t)__builtin_rintf(query[i] / unit);
+    return unit;
+#if defined(__AVX512BF16__)
+  } else if constexpr (__is_same(Key, Bf16)) {
+    for (int64_t i = 0; i < dim; i++) ((uint16_t*)out)[i] = float_to_bf16(query[i]);
+#endif
+  } else {
+    for (int64_t i = 0; i < dim; i++) out[Key::place(i)] = query[i];
+  }
+  return 1.0f;
+}
+
+struct Stats {
+  float most;    // maximum of the chunk's logits
+  float sum;     // of exp(logit - most) over the context
+  float chosen;  // the same over the candidates
+};
+
+// Blocks `first_block ..` that share sequence and start of the context: one read of the keys serves them all.
+struct Group {
+  const ScoreArgs& a;
+  int64_t first_block, num_blocks;
+  int64_t begin, end;        // positions of the longest context
+  int64_t rows, head_rows;   // rows in all; rows per KV head: [block][head of the group][view]
+  int64_t chunks, length;    // chunks of keys; positions, padded to whole vectors
+  Stats* stats;              // [rows, chunks]
+  int64_t run_size[kMaxViews];  // keys that share a rotation: all of them where a view has one run
+  void* weights;             // [rows, length] exponentials: half precision, or float for float keys
+};
+
+template <class Key>
+void store_weight(void* weights, int64_t i, vf v) {
+  if constexpr (Key::size == 4) store((float*)weights + i, v);
+  else store_half((uint16_t*)weights + i, v);
+}
+
+template <class Key>
+TS_INLINE vf load_weight(const void* weights, int64_t i) {
+  if constexpr (Key::size == 4) return load<vf>((const float*)weights + i);
+  else return load_half((const uint16_t*)weights + i);
+}
+
+// Queries of one KV head, rotated for the runs that position `at` lies in; only for the views that changed there.
+template <class Key>
+void turn_queries(const Group& g, int64_t kv_head, int64_t at, uint32_t changed, float* turned,
+                  typename Key::Query* packed, float* units) {
+  const ScoreArgs& a = g.a;
+  const int64_t heads = a.num_q_heads / a.num_kv_heads;
+  for (int64_t n = 0; n < g.num_blocks; n++)
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t v = 0; v < a.num_views; v++) {
+        if (!(changed >> v & 1)) continue;
+        const View& view = a.views[v];
+        const int64_t block = g.first_block + n, first = view.run_start_loc[block];
+        const int64_t last = view.run_start_loc[block + 1] - first - 1, mine = (at - g.begin) / g.run_size[v];
+        const int64_t run = first + (mine < last ? mine : last), row = (n * heads + h) * a.num_views + v;
+        const float* query = a.queries + (block * a.num_q_heads + kv_head * heads + h) * a.head_dim;
+        __builtin_memcpy(turned, query, a.head_dim * sizeof(float));
+        rotate_row(turned, view.cos + run * a.half, view.sin + run * a.half, a.half, a.interleaved);
+        units[row] = pack<Key>(turned, a.head_dim, packed + row * a.head_dim) * a.scale;
+      }
+}
+
+// Logits of one chunk become exponentials under the chunk's own maximum.
+template <class Key>
+void weigh(const Group& g, int64_t kv_head, int64_t chunk, const float* logits) {
+  const ScoreArgs& a = g.a;
+  const int64_t from = g.begin + chunk * kChunk, per_block = g.head_rows / g.num_blocks;
+  for (int64_t r = 0; r < g.head_rows; r++) {
+    const int64_t block = g.first_block + r / per_block, row = kv_head * g.head_rows + r;
+    const float* own = logits + r * kChunk;
+    auto inside = [&](int64_t position) { return position < 0 ? 0 : position < kChunk ? position : kChunk; };
+    const int64_t stop = inside(a.context[2 * block + 1] - from);
+    const int64_t low = inside(a.candidates[2 * block] - from), high = inside(a.candidates[2 * block + 1] - from);
+    Stats& stats = g.stats[row * g.chunks + chunk];
+    stats = {kNone, 0, 0};
+    if (stop == 0) continue;
+    vi lane{};
+    for (int j = 0; j < W; j++) lane[j] = j;
+    vf most = set1(kNone), sum{}, chosen{};
+    int64_t i = 0;
+    for (; i + W <= stop; i += W) most = vmax(most, load<vf>(own + i));
+    if (i < stop) most = vmax(most, lane < (int32_t)(stop - i) ? load<vf>(own + i) : set1(kNone));
+    stats.most = max_of(most);
+    for (i = 0; i < stop; i += W) {
+      vf e = vexp(load<vf>(own + i) - stats.most);
+      if (i + W > stop) e = lane < (int32_t)(stop - i) ? e : vf{};
+      sum += e;
+      if (i >= low && i + W <= high) chosen += e;
+      else chosen += (lane >= (int32_t)(low - i)) & (lane < (int32_t)(high - i)) ? e : vf{};
+      store_weight<Key>(g.weights, row * g.length + chunk * kChunk + i, e);
+    }
+    stats.sum = sum_of(sum);
+    stats.chosen = sum_of(chosen);
+  }
+}
+
+template <class Key>
+void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
+  const ScoreArgs& a = g.a;
+  const int64_t from = g.begin + chunk * kChunk, to = from + kChunk < g.end ? from + kChunk : g.end;
+  const char* keys[kChunk];
+  for (int64_t t = from; t < to; t++) {
+    const int64_t row = row_of(a.pages, a.sequences[g.first_block], t);
+    keys[t - from] = (const char*)a.keys.data + (row * a.keys.row_stride + kv_head * a.keys.head_stride) * Key::size;
+  }
+  float* turned = (float*)scratch(2, (a.head_dim + g.head_rows * (a.head_dim + 1)) * sizeof(float));
+  auto* packed = (typename Key::Query*)(turned + a.head_dim);
+  float* units = turned + a.head_dim + g.head_rows * a.head_dim;
+  float* logits = (float*)scratch(3, g.head_rows * kChunk * sizeof(float));
+  uint32_t changed = ~0u;
+  for (int64_t at = from; at < to;) {
+    turn_queries<Key>(g, kv_head, at, changed, turned, packed, units);
+    int64_t next = to;
+    changed = 0;
+    for (int64_t v = 0; v < a.num_views; v++) {
+      const int64_t size = g.run_size[v], border = g.begin + ((at - g.begin) / size + 1) * size;
+      if (border < next) next = border, changed = 0;
+      if (border == next) changed |= 1u << v;
+    }
+    // Vectors may reach past the run's end, but never past the chunk's: what follows overwrites that.
+    int64_t n = next - at, own_ld = kChunk;
+    float* out = logits + (at - from);
+    float* spare = nullptr;
+    if ((at - from + n + W - 1) / W * W > kChunk || (at - from) % W) {
+      spare = (float*)scratch(4, g.head_rows * (kChunk + W) * sizeof(float));
+      out = spare, own_ld = kChunk + W;
+    }
+    dot_all<Key>(keys + (at - from), n, packed, g.head_rows, a.head_dim, out, own_ld);
+    for (int64_t r = 0; r < g.head_rows; r++) {
+      float* row = logits + r * kChunk + (at - from);
+      const float* made = out + r * own_ld;
+      if (Key::size == 1) {
+        for (int64_t i = 0; i < n; i++) {
+          const int64_t slot = row_of(a.pages, a.sequences[g.first_block], at + i);
+          row[i] = made[i] * units[r] * a.key_scales[slot * a.num_kv_heads + kv_head];
+        }
+      } else {
+        for (int64_t i = 0; i < n; i++) row[i] = made[i] * units[r];
+      }
+    }
+    at = next;
+  }
+  weigh<Key>(g, kv_head, chunk, logits);
+}
+
+// factor[row, chunk]: what turns the chunk's exponentials into votes; normalises every view of a block to a sum of 1.
+void finish_stats(const Group& g, float* factors) {
+  const ScoreArgs& a = g.a;
+  const int64_t per_block = g.head_rows / g.num_blocks, heads = a.num_q_heads / a.num_kv_heads;
+  for (int64_t n = 0; n < g.num_blocks; n++)
+    for (int64_t v = 0; v < a.num_views; v++) {
+      float total = 0;
+      for (int pass = 0; pass < 2; pass++)
+        for (int64_t kv = 0; kv < a.num_kv_heads; kv++)
+          for (int64_t h = 0; h < heads; h++) {
+            const int64_t row = kv * g.head_rows + n * per_block + h * a.num_views + v;
+            const Stats* stats = g.stats + row * g.chunks;
+            float most = kNone, sum = 0, chosen = 0;
+            for (int64_t c = 0; c < g.chunks; c++) most = stats[c].most > most ? stats[c].most : most;
+            for (int64_t c = 0; c < g.chunks; c++) {
+              const float lift = stats[c].sum > 0 ? vexp(set1(stats[c].most - most))[0] : 0;
+              sum += stats[c].sum * lift, chosen += stats[c].chosen * lift;
+              if (pass) factors[row * g.chunks + c] = lift;
+            }
+            if (!pass) total += chosen / sum;
+            else
+              for (int64_t c = 0; c < g.chunks; c++)
+                factors[row * g.chunks + c] *= 1.0f / (sum * (total > 1.2e-38f ? total : 1.2e-38f));
+          }
+    }
+}
+
+template <class Key>
+void sum_votes(const Group& g, const float* factors, int64_t block, int64_t chunk) {
+  const ScoreArgs& a = g.a;
+  const int64_t from = g.begin + chunk * kChunk, first = a.candidates[2 * block], last = a.candidates[2 * block + 1];
+  const int64_t low = first > from ? first - from : 0, high = last - from < kChunk ? last - from : kChunk;
+  if (low >= high) return;
+  const int64_t per_block = g.head_rows / g.num_blocks;
+  float total[kChunk];
+  __builtin_memset(total, 0, sizeof total);
+  const int64_t begin = low / W * W;
+  for (int64_t kv = 0; kv < a.num_kv_heads; kv++)
+    for (int64_t r = 0; r < per_block; r++) {
+      const int64_t row = kv * g.head_rows + (block - g.first_block) * per_block + r;
+      const float factor = factors[row * g.chunks + chunk];
+      for (int64_t i = begin; i < high; i += W)
+        store(total + i, load<vf>(total + i) + load_weight<Key>(g.weights, row * g.length + chunk * kChunk + i) * factor);
+    }
+  float* votes = a.votes + a.start_loc[block] + from - first;
+  __builtin_memcpy(votes + low, total + low, (high - low) * sizeof(float));
+}
+
+template <class Key>
+void score_group(Group& g) {
+  const ScoreArgs& a = g.a;
+  const int64_t stats_bytes = g.rows * g.chunks * (sizeof(Stats) + sizeof(float));
+  g.stats = (Stats*)scratch(0, stats_bytes);
+  float* factors = (float*)(g.stats + g.rows * g.chunks);
+  g.weights = scratch(1, g.rows * g.length * (Key::size == 4 ? 4 : 2));
+  auto score = [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i++) score_chunk<Key>(g, i % a.num_kv_heads, i / a.num_kv_heads);
+  };
+  parallel_for(g.chunks * a.num_kv_heads, 1, score);
+  finish_stats(g, factors);
+  auto sum = [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i++)
+      sum_votes<Key>(g, factors, g.first_block + i % g.num_blocks, i / g.num_blocks);
+  };
+  parallel_for(g.chunks * g.num_blocks, 4, sum);
+}
+
+}  // namespace
+
+void score_tokens(const ScoreArgs& a) {
+  const int64_t weight = a.keys.dtype == DType::f32 ? 4 : 2;
+  for (int64_t first = 0; first < a.num_blocks;) {
+    int64_t n = 0, end = 0;
+    const int64_t begin = a.context[2 * first];
+    for (; first + n < a.num_blocks && n < kBlocksAtOnce; n++) {
+      const int64_t block = first + n;
+      if (a.sequences[block] != a.sequences[first] || a.context[2 * block] != begin) break;
+      const int64_t longest = a.context[2 * block + 1] > end ? a.context[2 * block + 1] : end;
+      if (n && (n + 1) * a.num_q_heads * a.num_views * (longest - begin) * weight > kMostWeights) break;
+      end = longest;
+    }
+    const int64_t head_rows = n * a.num_q_heads / a.num_kv_heads * a.num_views;
+    const int64_t chunks = (end - begin + kChunk - 1) / kChunk;
+    Group g{a, first, n, begin, end, head_rows * a.num_kv_heads, head_rows, chunks, chunks * kChunk, nullptr, {}, nullptr};
+    for (int64_t v = 0; v < a.num_views; v++) {
+      const int64_t* runs = a.views[v].run_start_loc + first;
+      g.run_size[v] = runs[n] - runs[0] == n ? kEndless : a.views[v].run_size;
+    }
+    switch (a.keys.dtype) {
+      case DType::f32: score_group<F32>(g); break;
+      case DType::bf16: score_group<Bf16>(g); break;
+      case DType::f16: score_group<F16>(g); break;
+      case DType::i8: score_group<I8>(g); break;
+    }
+    first += n;
+  }
+}
+
+}  // namespace tokenselect::TS_ISA

@@ -1,0 +1,195 @@
+"""The operations in native code for the CPU (csrc/): AVX2, AVX-512 or portable, whatever the processor can run.
+
+Results are those of `ops.reference` up to rounding; scoring reads the keys once and keeps nothing that is as large.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tokenselect.ops.paging import PageTable
+from tokenselect.ops.reference import Distances
+
+NAME = "cpu"
+
+_FOLDER = Path(__file__).parent
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SCHEMAS = (
+    "score_tokens(Tensor queries, Tensor keys, Tensor key_scales, Tensor pages, Tensor padding, int page_size, "
+    "Tensor sequences, Tensor candidates, Tensor context, Tensor cos0, Tensor sin0, Tensor runs0, int run_size0, "
+    "Tensor cos1, Tensor sin1, Tensor runs1, int run_size1, bool interleaved, float scale, Tensor start_loc, "
+    "Tensor(a!) votes) -> ()",
+    "topk_tokens(Tensor votes, Tensor start_loc, int k, Tensor(a!) indices) -> ()",
+    "sparse_attention(Tensor queries, Tensor keys, Tensor values, Tensor query_start_loc, Tensor slots, "
+    "Tensor slot_start_loc, Tensor cos, Tensor sin, float scale, bool interleaved, float softcap, "
+    "Tensor sink_logits, Tensor(a!) out) -> ()",
+)
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this backend cannot run there; None: it can."""
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
+    if dtype not in _DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {dtype}"
+    if head_dim % 16 or not 0 < head_dim <= 256:
+        return f"it takes head sizes that are multiples of 16 up to 256, not {head_dim}"
+    return why_missing()
+
+
+@functools.cache
+def why_missing() -> str | None:
+    """Why the native library is not there; None: it is, and loaded."""
+    note = _FOLDER / "_kernels_missing.txt"
+    if note.exists():
+        return note.read_text(encoding="utf-8")
+    try:
+        library = _load()
+    except (OSError, AttributeError) as error:
+        return f"its native library does not load ({error})"
+    if library.tokenselect_register():
+        return "PyTorch refused to register its operations"
+    return None
+
+
+@functools.cache
+def _load() -> ctypes.CDLL:
+    # The library takes PyTorch's C interface from the process: make it visible there.
+    core = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
+    if core is not None:
+        ctypes.CDLL(str(core), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(_FOLDER / "_kernels.so"))
+    for function in (library.tokenselect_runnable, library.tokenselect_in_use):
+        function.restype = ctypes.c_char_p
+    for schema in _SCHEMAS:
+        _definitions.define(schema)
+        torch.library.register_fake(f"tokenselect::{schema.split('(')[0]}", _fake, lib=_definitions)
+    return library
+
+
+_definitions = torch.library.Library("tokenselect", "DEF")
+
+
+def _fake(*args: object) -> None:
+    """Every operation writes into an argument and returns nothing."""
+
+
+def instruction_sets() -> list[str]:
+    """Those that this processor can run, best first."""
+    names: bytes = _load().tokenselect_runnable()
+    return names.decode().split()
+
+
+def instruction_set() -> str:
+    """The one in use."""
+    name: bytes = _load().tokenselect_in_use()
+    return name.decode()
+
+
+def use_instruction_set(name: str) -> None:
+    """Run on the kernels of one instruction set, for tests and comparisons; "auto" takes the best.
+
+    Raises:
+        ValueError: it is unknown or this processor cannot run it.
+    """
+    if not _load().tokenselect_use(name.encode()):
+        raise ValueError(f"instruction set must be one of auto, {', '.join(instruction_sets())}, got {name!r}")
+
+
+def score_tokens(
+    queries: Tensor,
+    keys: Tensor,
+    pages: PageTable,
+    sequences: Tensor,
+    candidates: Tensor,
+    distances: Sequence[Distances],
+    scale: float,
+    context: Tensor | None = None,
+    key_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.reference.score_tokens`."""
+    first, second = distances[0], distances[-1]
+    lengths = candidates[:, 1] - candidates[:, 0]
+    start_loc = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    votes = torch.empty(int(start_loc[-1]))
+    torch.ops.tokenselect.score_tokens(
+        queries.contiguous(),
+        _rows(keys),
+        _NO_FLOATS if key_scales is None else key_scales.contiguous(),
+        pages.pages.contiguous(),
+        torch.tensor(pages.padding),
+        pages.page_size,
+        sequences.contiguous(),
+        candidates.contiguous(),
+        candidates.contiguous() if context is None else context.contiguous(),
+        first.cos.contiguous(),
+        first.sin.contiguous(),
+        first.run_start_loc,
+        first.run_size,
+        second.cos.contiguous(),
+        second.sin.contiguous(),
+        second.run_start_loc,
+        second.run_size if len(distances) == 2 else 0,
+        first.interleaved,
+        scale,
+        start_loc,
+        votes,
+    )
+    return votes, start_loc
+
+
+def topk_tokens(votes: Tensor, start_loc: Tensor, k: int) -> Tensor:
+    """See `ops.reference.topk_tokens`."""
+    indices = torch.empty((start_loc.shape[0] - 1, k), dtype=torch.int64)
+    torch.ops.tokenselect.topk_tokens(votes.contiguous(), start_loc, k, indices)
+    return indices
+
+
+def sparse_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_start_loc: Tensor,
+    slots: Tensor,
+    slot_start_loc: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    *,
+    interleaved: bool = False,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """See `ops.reference.sparse_attention`."""
+    queries = queries.contiguous()
+    out = torch.zeros_like(queries) if int(query_start_loc[-1]) < queries.shape[0] else torch.empty_like(queries)
+    torch.ops.tokenselect.sparse_attention(
+        queries,
+        _rows(keys),
+        _rows(values),
+        query_start_loc,
+        slots,
+        slot_start_loc,
+        cos.contiguous(),
+        sin.contiguous(),
+        scale,
+        interleaved,
+        softcap or 0.0,
+        _NO_FLOATS if sink_logits is None else sink_logits.float().contiguous(),
+        out,
+    )
+    return out
+
+
+_NO_FLOATS = torch.empty(0)
+
+
+def _rows(cache: Tensor) -> Tensor:
+    """The kernels take any strides between rows and heads, but whole vectors."""
+    return cache if cache.stride(2) == 1 else cache.contiguous()
