@@ -28,11 +28,15 @@ struct Pages {
   const int64_t* padding;  // [num_seqs]
 };
 
-static inline int64_t row_of(const Pages& p, int64_t sequence, int64_t position) {
-  const int64_t padded = position + p.padding[sequence];
+// Rows of the positions from .. to - 1.
+static inline void rows_of(const Pages& p, int64_t sequence, int64_t from, int64_t to, int64_t* rows) {
+  const int64_t shift = p.padding[sequence];
   const int64_t* own = p.pages + sequence * p.max_pages;
-  if (p.max_pages == 1) return own[0] * p.page_size + padded;
-  return own[padded / p.page_size] * p.page_size + padded % p.page_size;
+  for (int64_t t = from + shift; t < to + shift;) {
+    const int64_t page = p.max_pages == 1 ? 0 : t / p.page_size, first = own[page] * p.page_size - page * p.page_size;
+    const int64_t border = p.max_pages == 1 ? to + shift : (page + 1) * p.page_size;
+    for (const int64_t end = border < to + shift ? border : to + shift; t < end; t++) *rows++ = first + t;
+  }
 }
 
 // Rotations that stand for distances: run r of block b is row run_start_loc[b] + r.

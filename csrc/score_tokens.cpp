@@ -70,35 +70,42 @@ TS_INLINE vi multiply_add(vi sum, const int8_t* key, const int16_t* query) {
 #endif
 }
 
-// Sums of products of one key with `Rows` packed queries, spread over a vector each.
-template <class Key, int Rows>
-TS_INLINE void dot_key(const char* key, const typename Key::Query* queries, int64_t dim, vf* out) {
+// Sums of products of `Keys` keys with `Rows` packed queries, spread over a vector each: out[row * W + key].
+template <class Key, int Rows, int Keys>
+TS_INLINE void dot_keys(const char* const* keys, const typename Key::Query* queries, int64_t dim, vf* out) {
   if constexpr (Key::size == 1) {
-    vi sum[Rows] = {};
+    vi sum[Keys][Rows] = {};
     for (int64_t d = 0; d < dim; d += 2 * W)
-      for (int r = 0; r < Rows; r++) sum[r] = multiply_add(sum[r], (const int8_t*)key + d, queries + r * dim + d);
-    for (int r = 0; r < Rows; r++) out[r * W] = __builtin_convertvector(sum[r], vf);
+      for (int k = 0; k < Keys; k++)
+        for (int r = 0; r < Rows; r++)
+          sum[k][r] = multiply_add(sum[k][r], (const int8_t*)keys[k] + d, queries + r * dim + d);
+    for (int k = 0; k < Keys; k++)
+      for (int r = 0; r < Rows; r++) out[r * W + k] = __builtin_convertvector(sum[k][r], vf);
 #if defined(__AVX512BF16__)
   } else if constexpr (__is_same(Key, Bf16)) {  // queries are pairs of bf16 here
-    __m512 sum[Rows] = {};
-    for (int64_t d = 0; d < dim; d += 2 * W) {
-      const __m512bh pairs = load<__m512bh>(key + 2 * d);
-      for (int r = 0; r < Rows; r++)
-        sum[r] = _mm512_dpbf16_ps(sum[r], pairs, load<__m512bh>((const uint16_t*)(queries + r * dim) + d));
-    }
-    for (int r = 0; r < Rows; r++) out[r * W] = (vf)sum[r];
+    __m512 sum[Keys][Rows] = {};
+    for (int64_t d = 0; d < dim; d += 2 * W)
+      for (int k = 0; k < Keys; k++) {
+        const __m512bh pairs = load<__m512bh>(keys[k] + 2 * d);
+        for (int r = 0; r < Rows; r++)
+          sum[k][r] = _mm512_dpbf16_ps(sum[k][r], pairs, load<__m512bh>((const uint16_t*)(queries + r * dim) + d));
+      }
+    for (int k = 0; k < Keys; k++)
+      for (int r = 0; r < Rows; r++) out[r * W + k] = (vf)sum[k][r];
 #endif
   } else {
-    vf even[Rows] = {}, odd[Rows] = {};
-    for (int64_t d = 0; d < dim; d += 2 * W) {
-      vf a, b;
-      Key::split(key + d * Key::size, a, b);
-      for (int r = 0; r < Rows; r++) {
-        even[r] += a * load<vf>(queries + r * dim + d);
-        odd[r] += b * load<vf>(queries + r * dim + d + W);
+    vf even[Keys][Rows] = {}, odd[Keys][Rows] = {};
+    for (int64_t d = 0; d < dim; d += 2 * W)
+      for (int k = 0; k < Keys; k++) {
+        vf a, b;
+        Key::split(keys[k] + d * Key::size, a, b);
+        for (int r = 0; r < Rows; r++) {
+          even[k][r] += a * load<vf>(queries + r * dim + d);
+          odd[k][r] += b * load<vf>(queries + r * dim + d + W);
+        }
       }
-    }
-    for (int r = 0; r < Rows; r++) out[r * W] = even[r] + odd[r];
+    for (int k = 0; k < Keys; k++)
+      for (int r = 0; r < Rows; r++) out[r * W + k] = even[k][r] + odd[k][r];
   }
 }
 
@@ -106,11 +113,13 @@ TS_INLINE void dot_key(const char* key, const typename Key::Query* queries, int6
 template <class Key, int Rows>
 void dot_rows(const char* const* keys, int64_t n, const typename Key::Query* queries, int64_t dim, float* out,
               int64_t ld) {
-  vf sums[Rows * W];  // [row][key]
+  constexpr int kAtOnce = Rows <= 3 ? 2 : 1;  // few rows alone would wait for their own sums
+  vf sums[Rows * W];                          // [row][key]
   for (int64_t i = 0; i < n; i += W) {
-    for (int64_t j = 0; j < W; j++) {
-      const char* key = keys[i + j < n ? i + j : n - 1];
-      dot_key<Key, Rows>(key, queries, dim, sums + j);
+    for (int64_t j = 0; j < W; j += kAtOnce) {
+      const char* some[kAtOnce];
+      for (int k = 0; k < kAtOnce; k++) some[k] = keys[i + j + k < n ? i + j + k : n - 1];
+      dot_keys<Key, Rows, kAtOnce>(some, queries, dim, sums + j);
     }
     for (int r = 0; r < Rows; r++) store(out + r * ld + i, sums_of(sums + r * W));
   }
@@ -246,11 +255,14 @@ template <class Key>
 void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
   const ScoreArgs& a = g.a;
   const int64_t from = g.begin + chunk * kChunk, to = from + kChunk < g.end ? from + kChunk : g.end;
+  int64_t slots[kChunk];
   const char* keys[kChunk];
-  for (int64_t t = from; t < to; t++) {
-    const int64_t row = row_of(a.pages, a.sequences[g.first_block], t);
-    keys[t - from] = (const char*)a.keys.data + (row * a.keys.row_stride + kv_head * a.keys.head_stride) * Key::size;
-  }
+  float key_scales[kChunk];
+  rows_of(a.pages, a.sequences[g.first_block], from, to, slots);
+  for (int64_t i = 0; i < to - from; i++)
+    keys[i] = (const char*)a.keys.data + (slots[i] * a.keys.row_stride + kv_head * a.keys.head_stride) * Key::size;
+  if (Key::size == 1)
+    for (int64_t i = 0; i < to - from; i++) key_scales[i] = a.key_scales[slots[i] * a.num_kv_heads + kv_head];
   float* turned = (float*)scratch(2, (a.head_dim + g.head_rows * (a.head_dim + 1)) * sizeof(float));
   auto* packed = (typename Key::Query*)(turned + a.head_dim);
   float* units = turned + a.head_dim + g.head_rows * a.head_dim;
@@ -277,14 +289,8 @@ void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
     for (int64_t r = 0; r < g.head_rows; r++) {
       float* row = logits + r * kChunk + (at - from);
       const float* made = out + r * own_ld;
-      if (Key::size == 1) {
-        for (int64_t i = 0; i < n; i++) {
-          const int64_t slot = row_of(a.pages, a.sequences[g.first_block], at + i);
-          row[i] = made[i] * units[r] * a.key_scales[slot * a.num_kv_heads + kv_head];
-        }
-      } else {
-        for (int64_t i = 0; i < n; i++) row[i] = made[i] * units[r];
-      }
+      const float* scales = key_scales + (at - from);
+      for (int64_t i = 0; i < n; i++) row[i] = made[i] * (Key::size == 1 ? units[r] * scales[i] : units[r]);
     }
     at = next;
   }

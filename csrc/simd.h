@@ -185,9 +185,14 @@ TS_INLINE vf sums_of(const vf* a) {
 #elif defined(__AVX2__)
 TS_INLINE vf sums_of(const vf* a) {
   __m256 b[4], c[2];
-  for (int i = 0; i < 4; i++) b[i] = _mm256_hadd_ps((__m256)a[2 * i], (__m256)a[2 * i + 1]);
-  for (int i = 0; i < 2; i++) c[i] = _mm256_hadd_ps(b[2 * i], b[2 * i + 1]);
-  return (vf)_mm256_add_ps(_mm256_permute2f128_ps(c[0], c[1], 0x20), _mm256_permute2f128_ps(c[0], c[1], 0x31));
+  for (int i = 0; i < 4; i++) {  // a lane: two halves of a[2 i], two of a[2 i + 1]
+    const __m256 x = (__m256)a[2 * i], y = (__m256)a[2 * i + 1];
+    b[i] = _mm256_add_ps(_mm256_blend_ps(x, y, 0xcc), _mm256_shuffle_ps(x, y, 0x4e));
+  }
+  for (int i = 0; i < 2; i++)
+    c[i] = _mm256_add_ps(_mm256_shuffle_ps(b[2 * i], b[2 * i + 1], 0x88),
+                         _mm256_shuffle_ps(b[2 * i], b[2 * i + 1], 0xdd));
+  return (vf)_mm256_add_ps(_mm256_blend_ps(c[0], c[1], 0xf0), _mm256_permute2f128_ps(c[0], c[1], 0x21));
 }
 #else
 TS_INLINE vf sums_of(const vf* a) {
