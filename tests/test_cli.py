@@ -28,6 +28,7 @@ from tokenselect.sampling import Sampling
 SMALL = (
     *("--num-sink-tokens", "4", "--num-local-tokens", "16", "--num-selected-tokens", "16"),
     *("--block-size", "16", "--num-tail-tokens", "4", "--prefill-chunk-size", "32"),
+    *("--num-dense-tokens", "0"),
 )
 CHAT = (
     "{% for m in messages %}{{ m['role'] == 'user' and 'w1' or 'w3' }} {{ m['content'] }} {% endfor %}"

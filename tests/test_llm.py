@@ -38,6 +38,7 @@ SMALL = TokenSelectConfig(
     block_size=16,
     num_tail_tokens=4,
     prefill_chunk_size=16,
+    num_dense_tokens=0,
 )
 WIDE = SMALL.replace(num_selected_tokens=200)  # covers every context of these tests
 LONG = " ".join(f"w{i * i % 64}" for i in range(120))

@@ -193,7 +193,8 @@ def plan_pass(
     if not selecting:
         return _dense_pass(table, dtype, padding, past, length)
     lengths = [block.end - block.start for block in blocks]
-    cos, sin = table.rotation(slice(None), torch.float32)
+    longest = max(config.num_attended(known_length - pad) for pad in padding)
+    cos, sin = table.rotation(slice(longest), torch.float32)
     return SparsePass(
         blocks,
         plan_selection([blocks[i] for i in selecting], config, table, max_distance),
