@@ -68,7 +68,7 @@ FACT_WORDINGS: Mapping[str, Wording] = {
     ),
 }
 
-# The same facts asked in other words than they are said: harder, for dense attention too (16 of 20 at 7,500 tokens).
+# The same facts asked in other words than they are said: harder, for dense attention too (13 of 20 at 7,500 tokens).
 REPHRASED_WORDINGS: Mapping[str, Wording] = {
     "magic number, rephrased": Wording(
         "One of the special magic numbers for {city} is: {number}.",
