@@ -32,6 +32,7 @@ def main(
     limit: Annotated[int, typer.Option(help="only the first so many samples")] = 1_000,
     num_selected_tokens: Annotated[int, typer.Option(help="k; 0: the default")] = 0,
     threads: Annotated[int, typer.Option(help="torch threads; 0: all")] = 0,
+    device: Annotated[str, typer.Option(help="torch device, such as cpu or cuda")] = "cpu",
 ) -> None:
     """Ask every sample of a grid and append the answers to results/needles.csv."""
     if threads:
@@ -39,7 +40,7 @@ def main(
     config = TokenSelectConfig()
     if num_selected_tokens:
         config = config.replace(num_selected_tokens=num_selected_tokens)
-    loaded = load_model()
+    loaded = load_model(device=device)
     grids = {
         "fact": fact_grid,
         "passkey": passkey_grid,
@@ -53,7 +54,7 @@ def main(
         for i, sample in enumerate(samples, 1):
             row = {"task": task, "length": length, "method": method, "k": config.num_selected_tokens}
             row |= ask(loaded, sample, prefix)
-            append_rows("needles", [row])
+            append_rows("needles", [row], loaded.model.device)
             found += row["right"]
             show(f"{i}/{len(samples)} depth {sample.depth:.2f} {sample.wording}: {row['answer']!r} {found}/{i} right")
 
@@ -82,9 +83,10 @@ class Prefix:
 def ask(loaded: LoadedModel, sample: Sample, prefix: Prefix) -> dict[str, Any]:
     """One greedy answer, judged."""
     ids = loaded.tokenizer(raw_prompt(sample), return_tensors="pt", verbose=False).input_ids
+    inputs = ids.to(loaded.model.device)
     out = loaded.model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
+        inputs,
+        attention_mask=torch.ones_like(inputs),
         past_key_values=prefix.share_with(ids[0]),
         max_new_tokens=_NEW_TOKENS,
         do_sample=False,

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+_CPU = torch.device("cpu")
 
 
-def environment() -> dict[str, Any]:
-    """Machine, versions, commit and command of this run."""
+def environment(device: torch.device = _CPU) -> dict[str, Any]:
+    """Processor that the model ran on, versions, commit and command of this run."""
     return {
         "when": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "cpu": _cpu(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -29,11 +30,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def append_rows(name: str, rows: list[dict[str, Any]]) -> Path:
+def append_rows(name: str, rows: list[dict[str, Any]], device: torch.device = _CPU) -> Path:
     """Add rows to `results/<name>.csv`; the first row of a new file gives the columns."""
     path = RESULTS / f"{name}.csv"
     path.parent.mkdir(exist_ok=True)
-    rows = [{**row, **environment()} for row in rows]
+    rows = [{**row, **environment(device)} for row in rows]
     is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import LONG, save_tiny
 
 import tokenselect
 from tokenselect import cli, memory
@@ -28,38 +26,13 @@ from tokenselect.sampling import Sampling
 SMALL = (
     *("--num-sink-tokens", "4", "--num-local-tokens", "16", "--num-selected-tokens", "16"),
     *("--block-size", "16", "--num-tail-tokens", "4", "--prefill-chunk-size", "32"),
+    *("--num-dense-tokens", "0"),
 )
-CHAT = (
-    "{% for m in messages %}{{ m['role'] == 'user' and 'w1' or 'w3' }} {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}w3 {% endif %}"
-)
-LONG = " ".join(f"w{i * i % 64}" for i in range(120))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with a vocabulary of 64 words that never ends by itself."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 class Done(NamedTuple):
@@ -279,8 +252,8 @@ def test_demo_shows_every_answer(shell: Shell, monkeypatch: pytest.MonkeyPatch) 
         (["--num-selected-tokens", "500"], "536 tokens (4 sink + 500 selected + 16 local + 16 block)"),
         (["--num-selected-tokens", "500"], "256: lower --num-selected-tokens, --num-local-tokens or --block"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be between 1"),
-        (["--temperature", "-1"], "temperature must be"),
-        (["--temperature", "nan"], "temperature must be"),
+        (["--temperature", "-1"], "--temperature must be"),
+        (["--temperature", "nan"], "--temperature must be"),
         (["--top-p", "2"], "--top-p must be"),
         (["--seed", "-1"], "seed must be between 0"),
         (["--threads", "0"], "--threads must be between 1"),

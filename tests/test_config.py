@@ -161,6 +161,7 @@ def test_paper_has_the_published_values() -> None:
     paper = TokenSelectConfig.paper()
     assert (paper.block_size, paper.num_sink_tokens, paper.num_local_tokens) == (512, 128, 512)
     assert paper.num_selected_tokens == 2048
+    assert paper.num_dense_tokens == 0
     assert paper.local_includes_block
     assert not paper.scale_votes
     assert paper.scoring == "position_free"
@@ -206,6 +207,18 @@ def test_check_window_names_both_numbers_and_what_to_lower() -> None:
     config.check_window(1664)
     with pytest.raises(ValueError, match=r"budget of 1664 tokens.*window of 1663: lower num_selected_tokens"):
         config.check_window(1663)
+
+
+@pytest.mark.parametrize(("window", "whole"), [(100, 100), (8192, 8192), (131072, 8192)])
+def test_no_more_than_the_trained_window_is_attended_whole(window: int, whole: int) -> None:
+    config = TokenSelectConfig()
+    assert config.for_window(window) == config.replace(num_dense_tokens=whole)
+
+
+def test_what_a_query_attends() -> None:
+    config = TokenSelectConfig(num_dense_tokens=3000)
+    assert [config.num_attended(length) for length in (1, 3000, 3001, 10**6)] == [1, 3000, 1664, 1664]
+    assert TokenSelectConfig(num_dense_tokens=0).num_attended(1000) == 1000
 
 
 @pytest.mark.parametrize("item", fields(TokenSelectConfig), ids=lambda item: item.name)

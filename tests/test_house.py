@@ -19,7 +19,7 @@ LAYERS = [
     {"integrations"},
     {"cache"},
     {"selection"},
-    {"rotary", "config"},
+    {"rotary", "config", "hardware"},
     {"ops"},
 ]
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import LONG, save_tiny
+from transformers import LlamaConfig
 
 import tokenselect
 from tokenselect import memory
@@ -27,10 +27,6 @@ from tokenselect.sampling import Sampling
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CHAT = (
-    "{% for m in messages %}{{ m['role'] == 'user' and 'w1' or 'w3' }} {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}w3 {% endif %}"
-)
 SMALL = TokenSelectConfig(
     num_sink_tokens=4,
     num_local_tokens=16,
@@ -38,33 +34,9 @@ SMALL = TokenSelectConfig(
     block_size=16,
     num_tail_tokens=4,
     prefill_chunk_size=16,
+    num_dense_tokens=0,
 )
 WIDE = SMALL.replace(num_selected_tokens=200)  # covers every context of these tests
-LONG = " ".join(f"w{i * i % 64}" for i in range(120))
-
-
-def save_tiny(folder: Path, chat: str | None = CHAT) -> Path:
-    """A random Llama with a vocabulary of 64 words that never ends by itself."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
-    tokenizer.chat_template = chat
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

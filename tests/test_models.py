@@ -65,6 +65,14 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fast_half_precision() -> Iterator[None]:
+    """Tests choose the same dtype on every processor."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("tokenselect.models.half_is_slow", lambda device: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
@@ -317,6 +325,16 @@ def test_trained_window_must_be_told(tmp_path: Path, folder: Path) -> None:
 
 
 # ---- dtype and device
+
+
+@pytest.mark.parametrize(("room", "expected"), [(10**9, torch.float32), (1000, torch.bfloat16)])
+def test_float32_where_half_precision_is_slow(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, room: int, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr("tokenselect.models.half_is_slow", lambda device: True)
+    monkeypatch.setattr("tokenselect.models.available_memory", lambda device: room)
+    assert load_model(saved).model.dtype == expected
+    assert load_model(saved, dtype="bfloat16").model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ class Owner:
 
 @dataclass(slots=True)
 class RotatedKeys:
-    """Keys rotated at their own positions, kept while a context is within the budget.
+    """Keys rotated at their own positions, kept while a context is attended whole.
 
     Attributes:
         buffer: [B, Hkv, capacity, D].

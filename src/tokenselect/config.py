@@ -32,7 +32,9 @@ class TokenSelectConfig:
     num_sink_tokens: int = _setting(128, "first tokens, always attended")
     num_local_tokens: int = _setting(512, "tokens right before a block, always attended")
     num_selected_tokens: int = _setting(512, "tokens chosen by vote among the rest; 0: sinks + local alone")
-    num_dense_tokens: int = _setting(0, "a context of at most so many tokens is attended whole, whatever the budget")
+    num_dense_tokens: int = _setting(
+        8192, "a context of at most so many tokens, and no more than the model's trained window, is attended whole"
+    )
     block_size: int = _setting(512, "consecutive prompt tokens that share one selection", low=1)
     num_tail_tokens: int = _setting(64, "last prompt tokens, which select one by one")
     scoring: Scoring = _setting("mix", "how keys are scored: at one distance, at bucketed distances, or both")
@@ -70,6 +72,7 @@ class TokenSelectConfig:
         """The published settings (Wu et al., EMNLP 2025, section 4 and their code)."""
         return cls(
             num_selected_tokens=2048,
+            num_dense_tokens=0,
             num_tail_tokens=0,
             scoring="position_free",
             scale_votes=False,
@@ -85,12 +88,16 @@ class TokenSelectConfig:
 
     @property
     def dense_limit(self) -> int:
-        """Largest block start at which every earlier token is attended, so that nothing is selected."""
+        """Largest block start at which every earlier token fits the budget, so that nothing is selected."""
         return self.num_sink_tokens + self.num_selected_tokens + self.num_local_tokens
 
     def covers(self, num_tokens: int, block_start: int) -> bool:
         """Whether a block attends every earlier token, in a context of `num_tokens`."""
         return block_start <= self.dense_limit or num_tokens <= self.num_dense_tokens
+
+    def num_attended(self, num_tokens: int) -> int:
+        """The most tokens that a query attends, in a context of `num_tokens`."""
+        return num_tokens if num_tokens <= self.num_dense_tokens else min(num_tokens, self.budget)
 
     @property
     def num_positions(self) -> int:
@@ -108,6 +115,10 @@ class TokenSelectConfig:
             own = max(own, self.num_local_tokens + 1)
         return self.dense_limit + own
 
+    def for_window(self, trained_window: int) -> TokenSelectConfig:
+        """The settings as a model with this trained window follows them: it attends no longer context whole."""
+        return self.replace(num_dense_tokens=min(self.num_dense_tokens, trained_window))
+
     def check_window(self, trained_window: int) -> None:
         """Refuse a budget that the model was not trained for.
 
@@ -117,11 +128,6 @@ class TokenSelectConfig:
         Raises:
             ValueError: the budget is larger; names both and the settings to lower.
         """
-        if self.num_dense_tokens > trained_window:
-            raise ValueError(
-                f"num_dense_tokens must be at most the model's trained window of {trained_window}, "
-                f"got {self.num_dense_tokens}"
-            )
         if self.budget > trained_window:
             raise ValueError(
                 f"the budget of {self.budget} tokens ({self.num_sink_tokens} sink + {self.num_selected_tokens} "

@@ -120,6 +120,8 @@ class LLM:
             )
         )
         attach(self.loaded.model, method, self.config)  # refuses what cannot work, and changes nothing
+        if self._settings is not None:
+            self._settings = self._settings.for_window(self.loaded.trained_window)
         self.stats: Stats | None = None
         self._running: Generation | None = None
         self._lock = Lock()
@@ -128,7 +130,7 @@ class LLM:
 
     @property
     def budget(self) -> int | None:
-        """The most tokens that one query attends; None for dense attention."""
+        """The most tokens that a query attends which selects; None for dense attention."""
         return None if self._settings is None else self._settings.budget
 
     def encode(self, prompt: Prompt) -> list[int]:

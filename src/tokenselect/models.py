@@ -34,6 +34,8 @@ from tokenselect.embedded import (
     first_line,
     quiet_transformers,
 )
+from tokenselect.hardware import half_is_slow
+from tokenselect.memory import available_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,7 +94,8 @@ def load_model(
     Args:
         model: None or "smollm2" for the embedded model, a folder, a path ending in ``.gguf``, or a name on
             the Hugging Face hub (needs the network or a filled hub cache; HF_HUB_OFFLINE is honoured).
-        dtype: "float32", "bfloat16", "float16", or "auto": float32 if the checkpoint is, else bfloat16.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 if the checkpoint is, or if the CPU computes
+            half precision slowly and there is room; else bfloat16.
         device: a torch device, such as "cpu" or "cuda:0".
         allow_pickle: also load weights that exist only as pickles (``.bin``).
         trust_remote_code: run Python code that comes with the model.
@@ -120,7 +123,7 @@ def _load(source: _Source, dtype: str, device: str) -> LoadedModel:
         window = _trained_window(config, source)
         _check_weight_files(source)
         tokenizer = _read_tokenizer(source)
-        model = _read_weights(source, config, _pick_dtype(dtype, config, source))
+        model = _read_weights(source, config, _pick_dtype(dtype, config, source, torch.device(device)))
     try:
         model.to(torch.device(device))
     except RuntimeError as error:  # not enough memory, above all
@@ -304,11 +307,20 @@ def _read_tokenizer(source: _Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _pick_dtype(dtype: str, config: PreTrainedConfig, source: _Source) -> torch.dtype:
+def _pick_dtype(dtype: str, config: PreTrainedConfig, source: _Source, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         return _DTYPES[dtype]
     stored = config.get_text_config().dtype or config.dtype or _stored_dtype(source.folder)
-    return torch.float32 if stored in (torch.float32, torch.float64, "float32", "F32") else torch.bfloat16
+    is_single = stored in (torch.float32, torch.float64, "float32", "F32")
+    return torch.float32 if is_single or _better_in_float32(source, device) else torch.bfloat16
+
+
+def _better_in_float32(source: _Source, device: torch.device) -> bool:
+    """Several times faster there (docs/experiments.md), if twice the weights leave half of the memory for the rest."""
+    if not half_is_slow(device) or not _present(source.folder, _SAFE_WEIGHTS):
+        return False
+    stored = sum(path.stat().st_size for path in _safetensors(source.folder))
+    return 2 * stored <= available_memory(device) / 2
 
 
 def _stored_dtype(folder: Path) -> str | None:

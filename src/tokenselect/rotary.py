@@ -79,7 +79,7 @@ class HostRotary:
 
     Args:
         module: the host's rotary module, called as `module(x, position_ids[, layer_type])`; it is copied.
-        max_length: positions that will be asked for at the most (the budget).
+        max_length: positions that will be asked for at the most.
         layer_type: passed to `module` where the host has one embedding per layer type.
     """
 

@@ -26,13 +26,13 @@ class Stats:
         ttft_s: seconds from the call to the first new token; None if there is none.
         prefill_tokens_per_s: tokens read, over `ttft_s`.
         decode_tokens_per_s: new tokens after the first, over the time they took; None if there are none.
-        budget: the most tokens that one query attends; None for dense attention.
+        budget: the most tokens that a query attends which selects; None for dense attention.
         attended_share: tokens attended over tokens there were, for the queries that selected; 1.0 if none did.
         reuse_hit_rate: share of decode steps that the Selection Cache served; None if it was never asked.
         kv_bytes: keys and values held at the end, room for growth not counted.
         peak_memory_bytes: the most memory used, weights included.
         peak_memory_scope: of what and since when that was measured.
-        config: the settings; None for dense attention.
+        config: the settings as the model follows them; None for dense attention.
     """
 
     model: str

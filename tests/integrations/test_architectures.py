@@ -18,7 +18,9 @@ from tokenselect.integrations import passes
 from tokenselect.integrations.transformers import TokenSelect
 
 LOGITS = 1e-4  # float32
-WIDE = TokenSelectConfig(num_sink_tokens=4, num_local_tokens=60, num_selected_tokens=128, block_size=16)
+WIDE = TokenSelectConfig(
+    num_sink_tokens=4, num_local_tokens=60, num_selected_tokens=128, block_size=16, num_dense_tokens=0
+)
 NARROW = TokenSelectConfig(
     num_sink_tokens=2,
     num_local_tokens=8,
@@ -26,6 +28,7 @@ NARROW = TokenSelectConfig(
     block_size=8,
     num_tail_tokens=4,
     prefill_chunk_size=16,
+    num_dense_tokens=0,
 )
 SIZES = {
     "vocab_size": 96,
@@ -195,9 +198,7 @@ def test_covered_context_has_the_models_own_greedy_tokens(model: PreTrainedModel
 def test_choosing_every_token_has_the_models_own_logits(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = TokenSelectConfig(
-        num_sink_tokens=2, num_local_tokens=8, num_selected_tokens=8, block_size=96, num_tail_tokens=40
-    )
+    config = NARROW.replace(block_size=96, num_tail_tokens=40)
     chosen = []
 
     def everything(queries: torch.Tensor, keys: torch.Tensor, pages: Any, plan: Any, *_: Any) -> list[torch.Tensor]:

@@ -22,6 +22,7 @@ from transformers.models.auto import AutoModelForCausalLM
 from tokenselect.cache import RawKeyLayer
 from tokenselect.config import TokenSelectConfig
 from tokenselect.integrations.transformers import TokenSelect, disable, enable
+from tokenselect.selection import SelectionState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 LOGITS = 1e-4  # float32
 HALF = {torch.bfloat16: 0.03, torch.float16: 0.004}  # relative error of the logits
-WIDE = TokenSelectConfig(num_sink_tokens=4, num_local_tokens=60, num_selected_tokens=128, block_size=16)
+WIDE = TokenSelectConfig(
+    num_sink_tokens=4, num_local_tokens=60, num_selected_tokens=128, block_size=16, num_dense_tokens=0
+)
 # The first 24 tokens need no selection; chunks are as long as every prompt here.
 NARROW = TokenSelectConfig(
     num_sink_tokens=2,
@@ -39,8 +42,14 @@ NARROW = TokenSelectConfig(
     block_size=8,
     num_tail_tokens=4,
     prefill_chunk_size=96,
+    num_dense_tokens=0,
 )
-CONFIGS = {"covered": WIDE, "selecting": NARROW, "caching": NARROW.replace(reuse_threshold=0.5)}
+CONFIGS = {
+    "covered": WIDE,
+    "selecting": NARROW,
+    "caching": NARROW.replace(reuse_threshold=0.5),
+    "short-ones-whole": NARROW.replace(num_dense_tokens=40),
+}
 SIZES = {
     "vocab_size": 512,
     "hidden_size": 96,
@@ -659,9 +668,51 @@ def test_a_short_enough_context_is_attended_whole(llama: PreTrainedModel) -> Non
         assert not torch.allclose(llama(ids).logits, dense, atol=1e-4, rtol=1e-4)
 
 
-def test_generation_selects_once_it_outgrows_what_is_attended_whole(llama: PreTrainedModel) -> None:
-    ids = torch.arange(2, 62)[None]
-    with TokenSelect(llama, NARROW.replace(num_dense_tokens=64)):
+def test_a_context_is_attended_whole_up_to_the_trained_window(llama: PreTrainedModel) -> None:
+    ids = torch.arange(2, 302)[None]
+    dense = llama(ids[:, :256]).logits
+    with TokenSelect(llama, NARROW.replace(num_dense_tokens=8192)) as inside:
+        assert inside.config.num_dense_tokens == 256
+        torch.testing.assert_close(llama(ids[:, :256]).logits, dense, atol=1e-4, rtol=1e-4)
+        for length, selects in ((256, False), (257, True)):
+            cache = llama(ids[:, :length]).past_key_values
+            assert [bool(state.available) for state in states_of(cache)] == [selects, selects]
+
+
+@pytest.mark.parametrize(("setting", "limit"), [(64, 64), (8192, 256)], ids=["a-set-length", "the-window"])
+def test_generation_selects_once_it_outgrows_what_is_attended_whole(
+    llama: PreTrainedModel, setting: int, limit: int
+) -> None:
+    length = limit - 4
+    ids = torch.arange(2, 2 + length)[None]
+    own = llama.generate(ids, max_new_tokens=4, do_sample=False)
+    with TokenSelect(llama, NARROW.replace(num_dense_tokens=setting)):
         output = llama.generate(ids, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
-    lengths = [state.available for layer in output.past_key_values.layers for state in layer.states]
-    assert all(length == sum(range(65, 72)) for length in lengths)
+    assert torch.equal(output.sequences[:, :limit], own)
+    assert [state.available for state in states_of(output.past_key_values)] == [sum(range(limit + 1, length + 12))] * 2
+
+
+def test_a_second_turn_selects_if_it_outgrows_what_is_attended_whole(llama: PreTrainedModel) -> None:
+    ids = torch.arange(2, 82)[None]
+    with TokenSelect(llama, NARROW.replace(num_dense_tokens=64)):
+        first = llama.generate(ids[:, :40], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        cache = first.past_key_values
+        assert not any(state.available for state in states_of(cache))
+        both = torch.cat((first.sequences, ids[:, 44:]), dim=1)
+        llama.generate(both, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    read = first.sequences.shape[1] - 1  # the last token of an answer is not read
+    blocks = [*range(read, 77), 80, 81, 82, 83]
+    assert all(state.available >= sum(blocks[4:]) for state in states_of(cache))
+    assert all(state.attended < state.available for state in states_of(cache))
+
+
+def test_turns_within_what_is_attended_whole_are_the_models_own(llama: PreTrainedModel) -> None:
+    ids = torch.arange(2, 62)[None]
+    own = llama.generate(ids, max_new_tokens=4, do_sample=False)
+    with TokenSelect(llama, NARROW.replace(num_dense_tokens=64)):
+        cache = llama.generate(ids[:, :40], max_new_tokens=1, return_dict_in_generate=True).past_key_values
+        assert torch.equal(llama.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False), own)
+
+
+def states_of(cache: Any) -> list[SelectionState]:
+    return [state for layer in cache.layers for state in layer.states]

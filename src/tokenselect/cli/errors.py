@@ -17,9 +17,13 @@ _USAGE: type[Exception] = typer.BadParameter.__mro__[2]  # click's own, wherever
 _NAMES = {item.name for cls in (TokenSelectConfig, Sampling) for item in fields(cls)} | {
     "allow_pickle",
     "trust_remote_code",
+    "dtype",
+    "method",
 }
-# Only names that cannot be plain words.
-_SETTING = re.compile(rf"\b({'|'.join(name for name in _NAMES if '_' in name)})\b(=True)?")
+# What begins "... must be", and names that cannot be plain words anywhere.
+_SETTING = re.compile(
+    rf"^({'|'.join(_NAMES)})(?= must be)|\b({'|'.join(name for name in _NAMES if '_' in name)})\b(?:=True)?"
+)
 
 
 def failure(error: BaseException) -> int:
@@ -69,7 +73,7 @@ def _one_line(text: str) -> str:
 
 def _as_flags(text: str) -> str:
     """Name the flags, not the settings of the library."""
-    return _SETTING.sub(lambda match: f"--{match[1].replace('_', '-')}", text)
+    return _SETTING.sub(lambda match: f"--{(match[1] or match[2]).replace('_', '-')}", text)
 
 
 def _close_stdout() -> None:

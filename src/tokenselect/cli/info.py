@@ -33,6 +33,7 @@ def info(
         if not 0 < tokens < 2**31:
             raise ValueError(f"--context must be between 1 and {2**31 - 1}, got {tokens}")
     loaded = load(model, Display(quiet))
+    config = config.for_window(loaded.trained_window)
     facts = {
         "versions": _versions(),
         "backends": _backends(loaded),
@@ -82,21 +83,22 @@ def _model_facts(loaded: "LoadedModel") -> dict[str, Any]:
 
 
 def _selection(loaded: "LoadedModel", config: TokenSelectConfig) -> dict[str, Any]:
-    """The budget, and whether the model can be served."""
+    """Where selection begins, its budget, and whether the model can be served."""
     from tokenselect.methods import attach
 
+    supported = "yes"
     try:
         attach(loaded.model, "tokenselect", config)
     except (ValueError, NotImplementedError, RuntimeError) as error:
-        return {"budget": config.budget, "supported": f"no: {error}"}
-    return {"budget": config.budget, "supported": "yes"}
+        supported = f"no: {error}"
+    return {"attended whole up to": config.num_dense_tokens, "budget": config.budget, "supported": supported}
 
 
 def _plan(loaded: "LoadedModel", config: TokenSelectConfig, tokens: int) -> dict[str, Any]:
     from tokenselect.memory import available_memory, fits, kv_bytes
 
     model = loaded.model
-    attended = min(tokens, config.budget)
+    attended = config.num_attended(tokens)
     return {
         "tokens": tokens,
         "attended": attended,

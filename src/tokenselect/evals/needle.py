@@ -68,7 +68,7 @@ FACT_WORDINGS: Mapping[str, Wording] = {
     ),
 }
 
-# The same facts asked in other words than they are said: harder, for dense attention too (16 of 20 at 7,500 tokens).
+# The same facts asked in other words than they are said: harder, for dense attention too (13 of 20 at 7,500 tokens).
 REPHRASED_WORDINGS: Mapping[str, Wording] = {
     "magic number, rephrased": Wording(
         "One of the special magic numbers for {city} is: {number}.",
@@ -111,13 +111,19 @@ def raw_prompt(sample: Sample) -> str:
 def is_right(answer_text: str, sample: Sample) -> bool:
     """Whether a completion gives the expected number as its first number.
 
+    Stricter than what the field counts, which is any completion that holds the expected digits somewhere: a
+    later number, or the digits inside a longer number, are wrong here.
+
     Args:
         answer_text: what the model wrote after the question.
         sample: the sample that was asked.
 
     Returns:
-        True if the first number in the text is the expected one, with or without commas between thousands.
-        Part of a longer number, or a later number, does not count.
+        True if the whole run of digits of the first number is the expected one, with or without commas between
+        thousands. A decimal fraction after it is not looked at: the needle ends with a full stop, after which a
+        small model may go on with a digit.
+
+    Source: RULER (Hsieh et al., 2024) counts substrings (`string_match_all`).
     """
     found = _NUMBER.search(answer_text)
     if found is None:

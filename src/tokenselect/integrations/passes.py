@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tokenselect.cache import RawKeyLayer
 from tokenselect.config import TokenSelectConfig
+from tokenselect.hardware import half_is_slow
 from tokenselect.ops import Backend
 from tokenselect.ops.reference import causal_attention, rotate
 from tokenselect.rotary import RotaryTable
@@ -86,8 +87,8 @@ _QUERIES_AT_ONCE = 512
 
 
 def _slow_in_sdpa(query: Tensor) -> bool:
-    """In half precision on a CPU matrix products are about 2.5 times faster (docs/experiments.md)."""
-    return query.device.type == "cpu" and query.dtype != torch.float32
+    """In half precision on a CPU that is made for it, matrix products are 2.5 times faster (docs/experiments.md)."""
+    return query.device.type == "cpu" and query.dtype != torch.float32 and not half_is_slow(query.device)
 
 
 def _attend_packed(query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -193,7 +194,8 @@ def plan_pass(
     if not selecting:
         return _dense_pass(table, dtype, padding, past, length)
     lengths = [block.end - block.start for block in blocks]
-    cos, sin = table.rotation(slice(None), torch.float32)
+    longest = max(config.num_attended(known_length - pad) for pad in padding)
+    cos, sin = table.rotation(slice(longest), torch.float32)
     return SparsePass(
         blocks,
         plan_selection([blocks[i] for i in selecting], config, table, max_distance),

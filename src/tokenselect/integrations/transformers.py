@@ -66,9 +66,9 @@ class TokenSelect:
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> None:
         self.model = model
-        self.config = config or TokenSelectConfig()
         self.on_prefill = on_prefill
         self.host: Host = inspect_model(model)
+        self.config = (config or TokenSelectConfig()).for_window(self.host.trained_window)
         self.config.check_window(self.host.trained_window)
         self.ops = find_backend(self.config.backend, self.host.device, self.host.dtype, self.host.head_dim)
         self.max_distance = self.config.max_distance or max(1, self.host.trained_window * 7 // 8)
@@ -155,7 +155,7 @@ class TokenSelect:
         is_prompt = total - start > 1 or end - start > 1
         tail = prompt_end - config.num_tail_tokens if is_prompt else total
         known = max(total, prompt_end)
-        table = self.rotary.table(min(known - min(padding), config.num_positions))
+        table = self.rotary.table(max(config.num_attended(known - pad) for pad in padding))
         dtype, length = self.host.dtype, end - start
         return plan_pass(config, self.ops, table, self.max_distance, dtype, padding, start, length, tail, known)
 
