@@ -21,7 +21,17 @@ _KERNELS = ("score_tokens", "topk_tokens", "sparse_attention")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512")
 _X86 = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")}
-_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized")
+_QUIET = ("-Wno-psabi", "-Wno-maybe-uninitialized")
+_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+)
 _UNDEFINED = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
 
 

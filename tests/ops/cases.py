@@ -206,5 +206,3 @@ def sparse_case(
     cos, sin = angles(64, half or dim // 2)
     queries = torch.randn(22, heads[0], dim).to(dtype)
     return Sparse(sequences, LAYOUTS[layout](sequences), queries, blocks, cos, sin, options)
-
-

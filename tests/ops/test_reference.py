@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-
 from cases import (
     HEADS,
     LAYOUTS,
@@ -17,24 +14,21 @@ from cases import (
     Sparse,
     Votes,
     angles,
-    contiguous,
     naive_rotate,
-    paged,
     sequences_of,
     shapes,
     sparse_case,
     views_of,
     votes_case,
 )
+from torch.nn.functional import scaled_dot_product_attention
+
 from tokenselect.ops import BACKENDS, BackendUnavailable, find_backend
-from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import (
     Distances,
     causal_attention,
     gather_rows,
     rotate,
-    score_tokens,
-    sparse_attention,
     topk_tokens,
 )
 

@@ -68,12 +68,12 @@ def _load() -> ctypes.CDLL:
     for function in (library.tokenselect_runnable, library.tokenselect_in_use):
         function.restype = ctypes.c_char_p
     for schema in _SCHEMAS:
-        _definitions.define(schema)
+        _definitions.define(schema)  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"tokenselect::{schema.split('(')[0]}", _fake, lib=_definitions)
     return library
 
 
-_definitions = torch.library.Library("tokenselect", "DEF")
+_definitions = torch.library.Library("tokenselect", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _fake(*args: object) -> None:
