@@ -13,6 +13,7 @@ constexpr float kNone = -3.4e38f;
 constexpr int64_t kChunk = 128;    // keys whose logits exist at once
 constexpr int64_t kFewRows = 16;   // up to so many rows, packing the keys costs more than it saves
 constexpr int64_t kLeastSplit = 256;
+constexpr int64_t kAhead = 16;     // keys between asking for a row and reading it
 constexpr int NR = 2 * W;                            // columns of a register tile
 constexpr int MR = W == 16 ? 12 : W == 8 ? 6 : 4;    // its rows
 constexpr int64_t kTileRows = 8 * MR;
@@ -48,10 +49,19 @@ TS_INLINE int64_t key_element(const Head& h, const Rows& rows, int64_t i) {
   return h.slots[i] * rows.row_stride + h.kv_head * rows.head_stride;
 }
 
+// Rows lie anywhere: what is not asked for ahead is waited for.
+template <DType T>
+TS_INLINE void fetch(const Head& h, const Rows& rows, int64_t i) {
+  constexpr int64_t size = T == DType::f32 ? 4 : 2;
+  const char* row = (const char*)rows.data + key_element(h, rows, i) * size;
+  for (int64_t at = 0; at < h.a.head_dim * size; at += 64) __builtin_prefetch(row + at);
+}
+
 // The i-th attended key, rotated.
+template <DType T>
 TS_INLINE void load_key(const Head& h, int64_t i, float* out) {
   const int64_t from = key_element(h, h.a.keys, i);
-  for (int64_t d = 0; d < h.a.head_dim; d += W) store(out + d, load_as_float(h.a.keys.data, from + d, h.a.keys.dtype));
+  for (int64_t d = 0; d < h.a.head_dim; d += W) store(out + d, load_as_float(h.a.keys.data, from + d, T));
   rotate_to(h, i, out);
 }
 
@@ -172,8 +182,9 @@ void attend_few(const Head& h, int64_t from, int64_t to, float* out, Running* st
   for (int64_t at = from; at < to; at += kChunk) {
     const int64_t n = to - at < kChunk ? to - at : kChunk;
     for (int64_t i = 0; i < n; i++) {
-      __builtin_prefetch((const char*)h.a.values.data + key_element(h, h.a.values, at + i) * (T == DType::f32 ? 4 : 2));
-      load_key(h, at + i, keys + i * dim);
+      if (at + i + kAhead < to) fetch<T>(h, h.a.keys, at + i + kAhead);
+      fetch<T>(h, h.a.values, at + i);
+      load_key<T>(h, at + i, keys + i * dim);
     }
     for (int64_t r = 0; r < rows;) {
       float* sums = out + r * dim;
@@ -233,8 +244,8 @@ void attend_small_blocks(const AttentionArgs& a, int64_t first, int64_t last) {
       const int64_t end = begin + size < h.length ? begin + size : h.length;
       const int64_t place = item * per_head + split * h.rows();
       float* out = sums + place * a.head_dim;
-      if (a.keys.dtype == DType::f32) attend_few<DType::f32>(h, begin, end, out, states + place);
-      else if (a.keys.dtype == DType::bf16) attend_few<DType::bf16>(h, begin, end, out, states + place);
+      if (a.dtype == DType::f32) attend_few<DType::f32>(h, begin, end, out, states + place);
+      else if (a.dtype == DType::bf16) attend_few<DType::bf16>(h, begin, end, out, states + place);
       else attend_few<DType::f16>(h, begin, end, out, states + place);
     }
   };
@@ -258,6 +269,12 @@ struct Bf16Pairs {
   static constexpr int kPair = 2;
   static inline __attribute__((always_inline)) uint16_t from(float x) { return float_to_bf16(x); }
 };
+
+#if defined(__AVX512BF16__)
+typedef Bf16Pairs HalfProducts;
+#else
+typedef Floats HalfProducts;
+#endif
 
 // c[R, NR] = a[R, depth] . b[depth, NR] (+ c); b is one packed panel.
 template <class M, int R>
@@ -299,7 +316,7 @@ struct Packed {
   static int64_t size(int64_t chunks, int64_t dim) { return chunks * kChunk * dim; }
 };
 
-template <class M>
+template <class M, DType T>
 void pack_chunk(const Head& h, int64_t chunk, const Packed<M>& to) {
   constexpr int P = M::kPair;
   const int64_t dim = h.a.head_dim, from = chunk * kChunk;
@@ -308,7 +325,8 @@ void pack_chunk(const Head& h, int64_t chunk, const Packed<M>& to) {
   float* rows = (float*)scratch(2, NR * dim * sizeof(float));
   for (int64_t panel = 0; panel < kChunk; panel += NR, keys += NR * dim) {
     for (int64_t j = 0; j < NR; j++) {
-      if (from + panel + j < h.length) load_key(h, from + panel + j, rows + j * dim);
+      if (from + panel + j + kAhead < h.length) fetch<T>(h, h.a.keys, from + panel + j + kAhead);
+      if (from + panel + j < h.length) load_key<T>(h, from + panel + j, rows + j * dim);
       else __builtin_memset(rows + j * dim, 0, dim * sizeof(float));
     }
     for (int64_t d = 0; d < dim; d++)
@@ -318,7 +336,7 @@ void pack_chunk(const Head& h, int64_t chunk, const Packed<M>& to) {
     const bool is_there = from + i < h.length;
     const int64_t row = is_there ? key_element(h, h.a.values, from + i) : 0;
     for (int64_t d = 0; d < dim; d += W) {
-      const vf x = is_there ? load_as_float(h.a.values.data, row + d, h.a.values.dtype) : vf{};
+      const vf x = is_there ? load_as_float(h.a.values.data, row + d, T) : vf{};
       auto* out = values + d / NR * kChunk * NR + i / P * NR * P + i % P;
       if constexpr (P == 1) store(out + d % NR, x);
       else
@@ -370,7 +388,7 @@ void attend_tile(const Head& h, int64_t first, int64_t last, const Packed<M>& pa
   for (int64_t r = 0; r < rows; r++) write_row(h, first + r, out + r * dim, states[r].sum);
 }
 
-template <class M>
+template <class M, DType T>
 void attend_large_block(const AttentionArgs& a, int64_t block) {
   const Head any(a, block, 0);
   const int64_t chunks = (any.length + kChunk - 1) / kChunk, tiles = (any.rows() + kTileRows - 1) / kTileRows;
@@ -379,7 +397,7 @@ void attend_large_block(const AttentionArgs& a, int64_t block) {
   auto* values = (typename M::Element*)scratch(1, a.num_kv_heads * size * sizeof(typename M::Element));
   auto pack = [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++)
-      pack_chunk<M>(Head(a, block, i / chunks), i % chunks, {keys + i / chunks * size, values + i / chunks * size});
+      pack_chunk<M, T>(Head(a, block, i / chunks), i % chunks, {keys + i / chunks * size, values + i / chunks * size});
   };
   parallel_for(a.num_kv_heads * chunks, 1, pack);
   auto attend = [&](int64_t from, int64_t to) {
@@ -406,11 +424,11 @@ void sparse_attention(const AttentionArgs& a) {
       block = next;
       continue;
     }
-#if defined(__AVX512BF16__)
-    if (a.dtype == DType::bf16) attend_large_block<Bf16Pairs>(a, block);
-    else
-#endif
-      attend_large_block<Floats>(a, block);
+    switch (a.dtype) {
+      case DType::bf16: attend_large_block<HalfProducts, DType::bf16>(a, block); break;
+      case DType::f16: attend_large_block<Floats, DType::f16>(a, block); break;
+      default: attend_large_block<Floats, DType::f32>(a, block); break;
+    }
     block++;
   }
 }
