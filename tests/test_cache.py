@@ -1,4 +1,4 @@
-"""The cache layer: raw keys that grow in place, and rotated ones that are made once."""
+"""The cache layer: raw keys that grow in place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tokenselect.cache import Owner, RawKeyLayer
-from tokenselect.ops.reference import rotate
 
 HEADS, DIM = 3, 8
 
@@ -23,12 +22,6 @@ def filled(count: int, batch: int = 2) -> tuple[RawKeyLayer, Tensor, Tensor]:
     layer, (keys, values) = RawKeyLayer(Owner()), tokens(count, batch)
     layer.update(keys, values)
     return layer, keys, values
-
-
-def tables(length: int, batch: int = 1, half: int = DIM // 2) -> tuple[Tensor, Tensor]:
-    angle = torch.arange(length)[:, None] / torch.arange(1, half + 1)
-    angle = angle.expand(batch, 1, -1, -1) + torch.arange(batch)[:, None, None, None]
-    return angle.cos(), angle.sin()
 
 
 def test_tokens_are_kept_as_they_came() -> None:
@@ -85,68 +78,20 @@ def test_rows_and_pages_find_every_token(padding: list[int]) -> None:
         assert torch.equal(value_rows[slots], values[sequence, :, pad:].transpose(0, 1))
 
 
-# -- rotated keys --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch", [1, 2], ids=["one-table", "table-per-row"])
-@pytest.mark.parametrize("half", [4, 3], ids=["full", "partial"])
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
-def test_rotating_step_by_step_equals_rotating_all(batch: int, half: int, interleaved: bool) -> None:
-    layer, table = filled(30)[0], object()
-    for step in (1, 1, 40, 300):
-        layer.update(*tokens(step))
-        cos, sin = tables(layer.get_seq_length(), batch, half)
-        ours = layer.rotated_keys(cos, sin, interleaved, table)
-        assert torch.equal(ours, rotate(layer.keys, cos, sin, interleaved))
-
-
-def test_only_new_keys_are_rotated() -> None:
-    layer, table = filled(30)[0], object()
-    first = layer.rotated_keys(*tables(30), False, table).clone()
-    layer.update(*tokens(2))
-    wrong = [part.clone() for part in tables(32)]
-    for part in wrong:
-        part[:, :, :30] = float("nan")
-    assert torch.equal(layer.rotated_keys(*wrong, False, table)[:, :, :30], first)
-
-
-def test_rotated_keys_grow_without_a_copy_per_step() -> None:
-    layer, table, places = filled(30)[0], object(), []
-    for _ in range(100):
-        layer.update(*tokens(1))
-        places.append(layer.rotated_keys(*tables(layer.get_seq_length()), False, table).data_ptr())
-    assert sum(a != b for a, b in pairwise(places)) <= 3
-
-
-def test_other_rotations_start_afresh() -> None:
-    layer = filled(30)[0]
-    layer.rotated_keys(*tables(30), False, object())
-    cos, sin = (part.flip(2) for part in tables(30))
-    assert torch.equal(layer.rotated_keys(cos, sin, False, object()), rotate(layer.keys, cos, sin))
-
-
 # -- what generation does to a cache -------------------------------------------------------------------------
-
-
-def rotated_and(layer: RawKeyLayer) -> tuple[Tensor, Tensor, Tensor]:
-    length = layer.get_seq_length()
-    return layer.keys, layer.values, layer.rotated_keys(*tables(length), False, "table")
 
 
 @pytest.mark.parametrize("removed", [1, 7, 30, 99])
 def test_crop_takes_tokens_back(removed: int) -> None:
     layer, keys, values = filled(30)
-    rotated_and(layer)
     layer.crop(-removed)
     left = max(0, 30 - removed)
     assert layer.get_seq_length() == left
     more = tokens(3)
     layer.update(*more)
     expected = torch.cat((keys[:, :, :left], more[0]), dim=2)
-    ours = rotated_and(layer)
-    assert torch.equal(ours[0], expected)
-    assert torch.equal(ours[1], torch.cat((values[:, :, :left], more[1]), dim=2))
-    assert torch.equal(ours[2], rotate(expected, *tables(left + 3)))
+    assert torch.equal(layer.keys, expected)
+    assert torch.equal(layer.values, torch.cat((values[:, :, :left], more[1]), dim=2))
 
 
 def test_crop_forgets_selections_but_not_counts() -> None:
@@ -168,14 +113,11 @@ def test_crop_of_a_positive_count_is_refused() -> None:
 @pytest.mark.parametrize("method", ["reorder_cache", "batch_select_indices"])
 def test_rows_of_the_batch_move_with_all_that_is_theirs(method: str, rows: list[int]) -> None:
     layer, keys, values = filled(30)
-    expected_rotated = rotated_and(layer)[2].clone()
     for i, state in enumerate(layer.states):
         state.hits = i
     getattr(layer, method)(torch.tensor(rows, dtype=torch.int64))
-    ours = rotated_and(layer)
-    assert torch.equal(ours[0], keys[rows])
-    assert torch.equal(ours[1], values[rows])
-    assert torch.equal(ours[2], expected_rotated[rows])
+    assert torch.equal(layer.keys, keys[rows])
+    assert torch.equal(layer.values, values[rows])
     assert [state.hits for state in layer.states] == rows
     more = tokens(1, len(rows))
     assert torch.equal(layer.update(*more)[0], torch.cat((keys[rows], more[0]), dim=2))
@@ -198,13 +140,11 @@ def test_repeated_rows_stay_together() -> None:
 
 def test_reset_forgets_everything() -> None:
     layer = filled(30)[0]
-    rotated_and(layer)
     layer.reset()
     assert layer.get_seq_length() == 0
     assert layer.states == []
     keys, values = tokens(4, 5)  # another batch size, too
     assert torch.equal(layer.update(keys, values)[0], keys)
-    assert torch.equal(rotated_and(layer)[2], rotate(keys, *tables(4)))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tokenselect.hardware import half_is_slow
-from tokenselect.integrations import passes
 
 
 @pytest.mark.parametrize(("capability", "slow"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
@@ -14,5 +13,3 @@ def test_half_precision_is_slow_without_avx512(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert half_is_slow(torch.device("cpu")) is slow
     assert not half_is_slow(torch.device("meta"))
-    assert passes._slow_in_sdpa(torch.empty(1, dtype=torch.bfloat16)) is not slow
-    assert not passes._slow_in_sdpa(torch.empty(1))

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from tokenselect.ops.paging import PageTable
-from tokenselect.ops.reference import rotate
 from tokenselect.selection import SelectionState
 
 _GROWTH = 1.5
@@ -25,21 +24,6 @@ class Owner:
     active: bool = True
     plan: Any = None  # of the forward pass that runs; see integrations.transformers
     reserve: int = 0  # tokens that are known to come
-
-
-@dataclass(slots=True)
-class RotatedKeys:
-    """Keys rotated at their own positions, kept while a context is attended whole.
-
-    Attributes:
-        buffer: [B, Hkv, capacity, D].
-        length: how many are filled.
-        table: identity of the rotations used.
-    """
-
-    buffer: Tensor
-    table: object
-    length: int = 0
 
 
 @dataclass(slots=True)
@@ -62,7 +46,6 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
-        self.rotated: RotatedKeys | None = None
         self._own: _Buffers | None = None
         self.is_initialized = False
 
@@ -141,31 +124,6 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         pages = torch.arange(batch, device=self.device)[:, None] * heads
         return PageTable(pages, capacity, padding)
 
-    def rotated_keys(self, cos: Tensor, sin: Tensor, interleaved: bool, table: object) -> Tensor:
-        """All keys at their own positions; only those that are new since the last call are rotated.
-
-        Args:
-            cos: [1 or B, 1, at least length, rotary_dim / 2].
-            sin: like `cos`.
-            interleaved: layout of the dimension pairs.
-            table: identity of the rotations; another one than last time starts afresh.
-
-        Returns:
-            [B, Hkv, length, D], a view.
-        """
-        own = self._own
-        assert own is not None
-        kept = self.rotated
-        if kept is None or kept.table is not table:
-            kept = self.rotated = RotatedKeys(torch.empty_like(own.keys[:, :, :0]), table)
-        if own.length > kept.buffer.shape[2]:
-            capacity = max(own.length, int(kept.buffer.shape[2] * _GROWTH), _LEAST_CAPACITY)
-            kept.buffer = _enlarged(kept.buffer, kept.length, min(capacity, own.keys.shape[2]))
-        new = slice(kept.length, own.length)
-        kept.buffer[:, :, new] = rotate(own.keys[:, :, new], cos[:, :, new], sin[:, :, new], interleaved)
-        kept.length = own.length
-        return kept.buffer[:, :, : own.length]
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the cache for a mask."""
         return self.get_seq_length() + query_length, 0
@@ -180,7 +138,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything."""
-        self._own = self.rotated = None
+        self._own = None
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -190,8 +148,6 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._own is None or tokens_to_remove == 0:
             return
         self._own.length = max(0, self._own.length + tokens_to_remove)
-        if self.rotated is not None:
-            self.rotated.length = min(self.rotated.length, self._own.length)
         for state in self._own.states:
             state.forget()
 
@@ -216,8 +172,6 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         rows = rows.to(self.device)
         own.keys = _taken(own.keys, rows, own.length)
         own.values = _taken(own.values, rows, own.length)
-        if self.rotated is not None:
-            self.rotated.buffer = _taken(self.rotated.buffer, rows, self.rotated.length)
         own.states = [copy.copy(own.states[row]) for row in rows.tolist()]
 
 

@@ -330,8 +330,8 @@ def test_decoding_copies_no_cache(llama: PreTrainedModel, config: TokenSelectCon
 
         def places() -> list[int]:
             layers = [layer for layer in cache.layers if isinstance(layer, RawKeyLayer)]
-            buffers = [(layer.keys, layer.values, layer.rotated and layer.rotated.buffer) for layer in layers]
-            return [part.data_ptr() for parts in buffers for part in parts if part is not None]
+            buffers = [(layer.keys, layer.values) for layer in layers]
+            return [part.data_ptr() for parts in buffers for part in parts]
 
         before, moves = places(), 0
         for _ in range(8):

@@ -156,8 +156,7 @@ class TokenSelect:
         tail = prompt_end - config.num_tail_tokens if is_prompt else total
         known = max(total, prompt_end)
         table = self.rotary.table(max(config.num_attended(known - pad) for pad in padding))
-        dtype, length = self.host.dtype, end - start
-        return plan_pass(config, self.ops, table, self.max_distance, dtype, padding, start, length, tail, known)
+        return plan_pass(config, self.ops, table, self.max_distance, padding, start, end - start, tail, known)
 
     def _chunks(self, start: int, end: int) -> list[tuple[int, int]]:
         """Cut a pass where blocks begin; the first piece holds all that needs no selection."""

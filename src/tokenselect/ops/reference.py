@@ -231,9 +231,18 @@ def sparse_attention(
         k = rotate(gather_rows(keys, chosen), c, s, interleaved).to(queries.dtype)
         q = rotate(queries[block].transpose(0, 1), c[length - own :], s[length - own :], interleaved) * scale
         v = gather_rows(values, chosen)
-        attended = causal_attention(q.to(queries.dtype), k, v, softcap=softcap, sink_logits=sink_logits)
-        out[block] = attended.transpose(0, 1)
+        q = q.to(queries.dtype)
+        for first in range(0, own, _QUERIES_AT_ONCE):  # logits that stay small
+            last = min(first + _QUERIES_AT_ONCE, own)
+            seen = slice(length - own + last)
+            attended = causal_attention(
+                q[:, first:last], k[:, seen], v[:, seen], softcap=softcap, sink_logits=sink_logits
+            )
+            out[block.start + first : block.start + last] = attended.transpose(0, 1)
     return out
+
+
+_QUERIES_AT_ONCE = 512
 
 
 def gather_rows(cache: Tensor, slots: Tensor) -> Tensor:
