@@ -1,0 +1,249 @@
+"""The native kernels, on every instruction set that this processor runs, against the definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import HEADS, LAYOUTS, Sparse, Votes, angles, paged, sequences_of, shapes, sparse_case, votes_case
+from torch import Tensor
+
+from tokenselect.ops import cpu, reference
+from tokenselect.ops.paging import PageTable
+
+pytestmark = pytest.mark.skipif(cpu.why_missing() is not None, reason=f"native kernels: {cpu.why_missing()}")
+
+SETS = [] if cpu.why_missing() else cpu.instruction_sets()
+# Votes add up to 2 a block, and exponentials of 16-bit keys are kept in half precision. The reference computes
+# attention in the dtype of its inputs, the kernels in float32: they differ by what the reference rounds.
+VOTES = 2e-4
+ATTENTION = {torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}
+
+
+@pytest.fixture(params=SETS, autouse=True)
+def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    cpu.use_instruction_set(request.param)
+    yield
+    cpu.use_instruction_set("auto")
+
+
+def check_votes(case: Votes) -> None:
+    (ours, ours_at), (theirs, theirs_at) = case.score(cpu), case.score()
+    assert torch.equal(ours_at, theirs_at)
+    torch.testing.assert_close(ours, theirs, atol=VOTES, rtol=0)
+
+
+def check_attention(case: Sparse) -> None:
+    ours, theirs = case.run(cpu), case.run()
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, atol=ATTENTION[ours.dtype], rtol=0)
+
+
+def test_the_instruction_set_asked_for_runs() -> None:
+    for name in SETS:
+        cpu.use_instruction_set(name)
+        assert cpu.instruction_set() == name
+    with pytest.raises(ValueError, match=r"^instruction set must be one of auto, .*portable, got 'abacus'$"):
+        cpu.use_instruction_set("abacus")
+
+
+# -- votes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scoring", ["position_free", "distance", "mix"])
+@pytest.mark.parametrize("context", [False, True], ids=["", "context"])
+def test_votes(layout: str, scoring: str, context: bool) -> None:
+    check_votes(votes_case(layout, scoring=scoring, context=context))
+
+
+@pytest.mark.parametrize("dtype", ATTENTION, ids=shapes)
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 112, 128, 256])
+def test_votes_of_every_head_size(dim: int, dtype: torch.dtype) -> None:
+    check_votes(votes_case(dim=dim, dtype=dtype, context=True))
+
+
+@pytest.mark.parametrize("heads", [*HEADS, (16, 1), (14, 2)], ids=shapes)
+def test_votes_of_every_group_size(heads: tuple[int, int]) -> None:
+    check_votes(votes_case(heads=heads))
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("half", [8, 5, 2])
+def test_votes_in_every_rotary_layout(half: int, interleaved: bool) -> None:
+    check_votes(votes_case(half=half, interleaved=interleaved))
+
+
+def int8_copy(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers and their scale by token and head."""
+    scales = rows.abs().amax(-1).clamp(min=1e-9) / 127
+    return (rows / scales[..., None]).round().to(torch.int8), scales
+
+
+def long_case(dtype: torch.dtype, length: int = 3000) -> Votes:
+    """Several chunks of keys, so that their sums meet."""
+    case = votes_case("page16", heads=(9, 3), dim=64, half=32, dtype=dtype)
+    sequences = sequences_of([length], 3, 64, dtype)
+    candidates = torch.tensor([[7, length - 50]])
+    cos, sin = angles(length // 4, 32)
+    views = [
+        replace(view, cos=cos[:runs], sin=sin[:runs], run_start_loc=torch.tensor([0, runs]))
+        for view, runs in zip(case.views, (1, length // 4), strict=True)
+    ]
+    return Votes(
+        paged(sequences, 16), sequences, case.queries[:1], torch.tensor([0]), candidates, None, views, 64**-0.5
+    )
+
+
+@pytest.mark.parametrize("dtype", ATTENTION, ids=shapes)
+def test_votes_over_many_chunks(dtype: torch.dtype) -> None:
+    case = long_case(dtype)
+    ours, theirs = case.score(cpu)[0], case.score()[0]
+    # A vote is a share of 2 over 3,000 tokens: what counts is the error next to the vote. AVX512-BF16 rounds queries.
+    torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-4 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("layout", ["page1", "page16", "padded"])
+@pytest.mark.parametrize("dim", [64, 80, 256])
+def test_votes_by_an_int8_copy(layout: str, dim: int) -> None:
+    case = votes_case(layout, dim=dim)
+    case.cache.keys.nan_to_num_(3.0)
+    keys, scales = int8_copy(case.cache.keys)
+    given = (case.queries, keys, case.cache.pages, case.of, case.candidates, case.views, case.scale, None, scales)
+    torch.testing.assert_close(cpu.score_tokens(*given)[0], reference.score_tokens(*given)[0], atol=VOTES, rtol=0)
+
+
+# -- the most votes --------------------------------------------------------------------------------------------
+
+KINDS: dict[str, Callable[[int], Tensor]] = {
+    "random": torch.rand,
+    "equal": torch.ones,
+    "zero": torch.zeros,
+    "ties": lambda n: torch.randint(0, 7, (n,)) / 7,
+    "tiny": lambda n: torch.rand(n) * 1e-40,
+    "wide": lambda n: torch.exp(torch.randn(n) * 30),
+    "infinite": lambda n: torch.where(torch.rand(n) < 0.1, float("inf"), torch.rand(n)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("count", "k"), [(1, 1), (7, 7), (1000, 1), (70_001, 2048), (70_001, 70_000)])
+def test_topk_is_exact_and_prefers_the_lowest_index(kind: str, count: int, k: int) -> None:
+    votes, start_loc = KINDS[kind](count), torch.tensor([0, count])
+    assert torch.equal(cpu.topk_tokens(votes, start_loc, k), reference.topk_tokens(votes, start_loc, k))
+
+
+def test_topk_of_millions() -> None:
+    count = 4_000_000
+    votes, start_loc = torch.randint(0, 1 << 20, (count,)).float(), torch.tensor([0, count])
+    assert torch.equal(cpu.topk_tokens(votes, start_loc, 2048), reference.topk_tokens(votes, start_loc, 2048))
+
+
+def test_topk_of_a_ragged_batch() -> None:
+    votes, start_loc = torch.rand(600), torch.tensor([0, 64, 100, 600])
+    assert torch.equal(cpu.topk_tokens(votes, start_loc, 33), reference.topk_tokens(votes, start_loc, 33))
+
+
+# -- attention -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ATTENTION, ids=shapes)
+def test_attention(layout: str, dtype: torch.dtype) -> None:
+    check_attention(sparse_case(layout, dtype=dtype))
+
+
+@pytest.mark.parametrize("heads", [*HEADS, (16, 1), (14, 2)], ids=shapes)
+def test_attention_of_every_group_size(heads: tuple[int, int]) -> None:
+    check_attention(sparse_case(heads=heads))
+
+
+@pytest.mark.parametrize("dtype", ATTENTION, ids=shapes)
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 112, 128, 256])
+def test_attention_of_every_head_size(dim: int, dtype: torch.dtype) -> None:
+    case = sparse_case("strided", (4, 1), dim, dtype)
+    case.scale = dim**-0.5
+    check_attention(case)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("half", [8, 5, 2])
+def test_attention_in_every_rotary_layout(half: int, interleaved: bool) -> None:
+    check_attention(sparse_case(half=half, interleaved=interleaved))
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7, 50.0])
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+def test_attention_with_soft_cap_and_sink_logits(softcap: float | None, sinks: bool) -> None:
+    check_attention(sparse_case(softcap=softcap, sink_logits=torch.randn(6) * 3 if sinks else None))
+
+
+def block_case(own: int, length: int, dtype: torch.dtype = torch.float32) -> Sparse:
+    """One block of `own` queries over `length` of 4,000 tokens."""
+    sequences = sequences_of([4000], 3, 64, dtype)
+    positions = torch.randperm(4000)[:length].sort().values.tolist()
+    cos, sin = angles(length, 32)
+    queries = torch.randn(own, 9, 64).to(dtype)
+    return Sparse(sequences, paged(sequences, 16), queries, [(0, positions, own)], cos, sin, {}, 0.125)
+
+
+@pytest.mark.parametrize("dtype", ATTENTION, ids=shapes)
+@pytest.mark.parametrize(("own", "length"), [(1, 1), (1, 2688), (3, 129), (6, 700), (200, 200), (257, 1300)])
+def test_attention_of_blocks_of_any_size(own: int, length: int, dtype: torch.dtype) -> None:
+    check_attention(block_case(own, length, dtype))
+
+
+def test_queries_of_no_block_get_zeros() -> None:
+    case = sparse_case()
+    case.queries = torch.cat((case.queries, torch.full((2, 6, 16), float("nan"))))
+    assert torch.equal(case.run(cpu)[22:], torch.zeros(2, 6, 16))
+
+
+# -- threads and PyTorch ---------------------------------------------------------------------------------------
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    votes, step, block = long_case(torch.float32), block_case(1, 2688), block_case(257, 1300)
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            chosen = cpu.topk_tokens(votes.score(cpu)[0], torch.tensor([0, 2943]), 256)
+            made.append((chosen, step.run(cpu), block.run(cpu)))
+    finally:
+        torch.set_num_threads(before)
+    for other in made[1:]:
+        assert torch.equal(made[0][0], other[0])
+        torch.testing.assert_close(made[0][1], other[1], atol=1e-6, rtol=0)
+        assert torch.equal(made[0][2], other[2])
+
+
+def test_several_python_threads_may_call_at_once() -> None:
+    votes, block = long_case(torch.float32), block_case(65, 900)
+    expected = votes.score(cpu)[0], block.run(cpu)
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: (votes.score(cpu)[0], block.run(cpu)), range(16)))
+    for ours in made:
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+
+
+def test_the_operations_are_opaque_to_the_compiler() -> None:
+    case = block_case(1, 300)
+    page = PageTable(torch.zeros(1, 1, dtype=torch.int64), 10**6, [0])
+    slots = case.cache.pages.slots(0, torch.tensor(case.blocks[0][1]))
+    assert torch.equal(page.slots(0, slots), slots)
+
+    def step(queries: Tensor) -> Tensor:
+        out = torch.empty_like(queries)
+        bounds = torch.tensor([0, 1]), torch.tensor([0, 300])
+        rows = case.cache.keys, case.cache.values
+        torch.ops.tokenselect.sparse_attention(
+            queries * 2, *rows, bounds[0], slots, bounds[1], case.cos, case.sin, 0.125, False, 0.0, torch.empty(0), out
+        )
+        return out + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(case.queries), step(case.queries))
