@@ -72,7 +72,7 @@ TS_INLINE vf vexp(vf x) {
   const vi alive = x >= low;
   x = vmax(x, low);
   vf n = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
-  const vi power = (vi)n << 23;
+  const vu power = (vu)n << 23;  // unsigned: lanes past a row's end hold anything, and their sums may wrap
   n -= 12582912.0f;
   const vf r = x - n * 0.693359375f - n * -2.12194440e-4f;
   vf p = set1(1.9875691500e-4f);
@@ -82,7 +82,7 @@ TS_INLINE vf vexp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return (vf)(((vi)p + power) & alive);
+  return (vf)(((vu)p + power) & (vu)alive);
 }
 
 TS_INLINE float bf16_to_float(uint16_t x) {
