@@ -33,7 +33,12 @@ def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
 def check_votes(case: Votes) -> None:
     (ours, ours_at), (theirs, theirs_at) = case.score(cpu), case.score()
     assert torch.equal(ours_at, theirs_at)
-    torch.testing.assert_close(ours, theirs, atol=VOTES, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=VOTES, rtol=rounding(case))
+
+
+def rounding(case: Votes) -> float:
+    """How far a vote may be off, relative to it: AVX512-BF16 multiplies bf16 keys by queries that it rounds to bf16."""
+    return 3e-2 if case.cache.keys.dtype == torch.bfloat16 and cpu.instruction_set() == "avx512_bf16" else 0
 
 
 def check_attention(case: Sparse) -> None:
