@@ -29,6 +29,21 @@ demo: $(VENV)/.package $(VENV)/.data  ## find facts in documents twice as long a
 test: $(VENV)/.package $(VENV)/.data
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
+# The sanitizers' libraries come first, before any code that they watch, and with them that of C++, whose exceptions
+# they intercept. Python and PyTorch keep memory until they end: leaks are not looked for, everything else is.
+SANITIZED := build/sanitize/tokenselect/ops/_kernels.so
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(name)))
+
+$(SANITIZED): $(VENV)/.package setup.py $(wildcard csrc/*)
+	CXXFLAGS="$(SANITIZE) -O1 -g -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet \
+		build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
+	test -f $@ || { cat $(@D)/_kernels_missing.txt; exit 1; }
+
+test-sanitize: $(SANITIZED)  ## the kernels' tests, on a build that stops at the first wrong access or undefined behaviour
+	TOKENSELECT_KERNELS=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$(RUNTIMES)" $(BIN)/python -m pytest --capture=sys -p no:cacheprovider tests/ops/test_cpu.py
+
 lint: $(VENV)/.package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from tokenselect.ops.reference import Distances
 
 NAME = "cpu"
 
-_FOLDER = Path(__file__).parent
+# Another build of the same kernels, such as the one with sanitizers, is named by the environment.
+_LIBRARY = Path(os.environ.get("TOKENSELECT_KERNELS") or Path(__file__).with_name("_kernels.so"))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SCHEMAS = (
     "score_tokens(Tensor queries, Tensor keys, Tensor key_scales, Tensor pages, Tensor padding, int page_size, "
@@ -46,7 +48,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 @functools.cache
 def why_missing() -> str | None:
     """Why the native library is not there; None: it is, and loaded."""
-    note = _FOLDER / "_kernels_missing.txt"
+    note = _LIBRARY.with_name("_kernels_missing.txt")
     if note.exists():
         return note.read_text(encoding="utf-8")
     try:
@@ -64,7 +66,7 @@ def _load() -> ctypes.CDLL:
     core = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
     if core is not None:
         ctypes.CDLL(str(core), mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(str(_FOLDER / "_kernels.so"))
+    library = ctypes.CDLL(str(_LIBRARY))
     for function in (library.tokenselect_runnable, library.tokenselect_in_use):
         function.restype = ctypes.c_char_p
     for schema in _SCHEMAS:
