@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 _SOURCES = Path("csrc")
@@ -21,7 +22,6 @@ _KERNELS = ("score_tokens", "topk_tokens", "sparse_attention")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512")
 _X86 = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")}
-_QUIET = ("-Wno-psabi", "-Wno-maybe-uninitialized")
 _FLAGS = (
     "-std=c++20",
     "-O3",
@@ -31,6 +31,11 @@ _FLAGS = (
     "-Wall",
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
+)
+# Without its cache, in which pip keeps what it built without kernels.
+_AGAIN = (
+    "install tokenselect again: pip install --force-reinstall --no-deps --no-cache-dir tokenselect "
+    "(in a checkout: -e . instead of the name)"
 )
 _UNDEFINED = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
 
@@ -62,6 +67,13 @@ class BuildKernels(build_ext):
         return super().get_ext_fullpath(ext_name)
 
 
+class AnyPython(bdist_wheel):
+    """One wheel for every Python: the library is no extension module and takes nothing from Python's own."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 def _build(target: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     compiler = shlex.split(os.environ.get("CXX", "c++"))
@@ -89,9 +101,13 @@ def _run(command: list[str]) -> None:
 
 def _reason(error: OSError | subprocess.CalledProcessError) -> str:
     if isinstance(error, OSError):
-        return f"no C++ compiler was found ({error}): install one, or set CXX, and install again"
-    first = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip())
-    return f"the C++ compiler failed ({first.strip()})"
+        return f"no C++ compiler was found ({error}): install one, or set CXX, and {_AGAIN}"
+    lines = error.stderr.strip().splitlines() or [f"{error.cmd[0]} ended with status {error.returncode}"]
+    first = next((line for line in lines if "error" in line), lines[0])
+    return f"the C++ compiler failed ({first.strip()}): set CXX to another one, and {_AGAIN}"
 
 
-setup(ext_modules=[Extension("tokenselect.ops._kernels", [])], cmdclass={"build_ext": BuildKernels})
+setup(
+    ext_modules=[Extension("tokenselect.ops._kernels", [])],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPython},
+)
