@@ -42,7 +42,8 @@ $(SANITIZED): $(VENV)/.package setup.py $(wildcard csrc/*)
 
 test-sanitize: $(SANITIZED)  ## the kernels' tests, on a build that stops at the first wrong access or undefined behaviour
 	TOKENSELECT_KERNELS=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		LD_PRELOAD="$(RUNTIMES)" $(BIN)/python -m pytest --capture=sys -p no:cacheprovider tests/ops/test_cpu.py
+		LD_PRELOAD="$(RUNTIMES)" $(BIN)/python -m pytest --capture=sys -p no:cacheprovider \
+		tests/ops/test_cpu.py tests/ops/test_arguments.py
 
 lint: $(VENV)/.package
 	$(BIN)/ruff check .
