@@ -114,7 +114,7 @@ def _reason(error: OSError | subprocess.CalledProcessError) -> str:
     if isinstance(error, OSError):
         return f"no C++ compiler was found ({error}): install one, or set CXX, and {_AGAIN}"
     lines = error.stderr.strip().splitlines() or [f"{error.cmd[0]} ended with status {error.returncode}"]
-    first = next((line for line in lines if "error" in line), lines[0])
+    first = next((line for line in lines if "error" in line and not line.startswith("collect2")), lines[0])
     return f"the C++ compiler failed ({first.strip()}): set CXX to another one, and {_AGAIN}"
 
 
