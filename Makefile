@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO_ARGS ?=
 
-.PHONY: demo test test-sanitize lint bench clean
+.PHONY: demo test test-sanitize test-aarch64 lint bench clean
 
 $(VENV)/.base: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,16 @@ test-sanitize: $(SANITIZED)  ## the kernels' tests, on a build that stops at the
 	TOKENSELECT_KERNELS=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$(RUNTIMES)" $(BIN)/python -m pytest --capture=sys -p no:cacheprovider \
 		tests/ops/test_cpu.py tests/ops/test_arguments.py
+
+# Not part of CI: needs Debian's g++-aarch64-linux-gnu and qemu-user-static.
+KERNELS := score_tokens topk_tokens sparse_attention
+test-aarch64:  ## every source compiles for aarch64, and its kernels give the right results under emulation
+	mkdir -p build/aarch64
+	aarch64-linux-gnu-g++ -std=c++20 -O2 -fPIC -Wall -c csrc/bindings.cpp -o build/aarch64/bindings.o
+	aarch64-linux-gnu-g++ -std=c++20 -O2 -fPIC -Wall -c csrc/checks.cpp -o build/aarch64/checks.o
+	aarch64-linux-gnu-g++ -std=c++20 -O2 -Wall -Wno-psabi -Wno-maybe-uninitialized -static -DTS_ISA=portable \
+		$(KERNELS:%=csrc/%.cpp) csrc/dispatch.cpp tests/native/check_portable.cpp -o build/aarch64/check
+	qemu-aarch64-static build/aarch64/check
 
 lint: $(VENV)/.package
 	$(BIN)/ruff check .
