@@ -115,6 +115,8 @@ SCORING: list[tuple[str, dict[str, Any]]] = [
     ("pages must be between 0 and 36, got 37", {"pages": lambda x: replace(x, pages=at((0, 2), 37)(x.pages))}),
     ("pages must be int64, got int32", {"pages": lambda x: replace(x, pages=x.pages.int())}),
     ("context must be between 0 and 110, got 111", {"pages": PageTable(torch.tensor([[0], [0]]), 111, [0, 59])}),
+    ("distances must be one or two views, got 3", {"distances": lambda x: [*x, x[0]]}),
+    ("distances must be one or two views, got 0", {"distances": ()}),
     ("run_size must be between 1 and", {"distances": lambda x: [replace(x[0], run_size=0), x[1]]}),
     ("cos must be of shape [*, 8], got [31, 4]", {"distances": lambda x: [x[0], replace(x[1], cos=x[1].cos[:, :4])]}),
     ("sin must be of shape", {"distances": lambda x: [replace(x[0], sin=x[0].sin[:2]), x[1]]}),

@@ -127,6 +127,8 @@ def score_tokens(
     key_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.reference.score_tokens`."""
+    if not 1 <= len(distances) <= 2:
+        raise ValueError(f"distances must be one or two views, got {len(distances)}")
     first, second = distances[0], distances[-1]
     lengths = candidates[:, 1] - candidates[:, 0]
     start_loc = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
