@@ -152,6 +152,16 @@ void sparse_attention(StableIValue* stack, uint64_t, uint64_t) {
   kernels(args.head_dim).sparse_attention(args);
 }
 
+void linear(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor input(stack[0]), weight(stack[1]), bias(stack[2]), out(stack[3]);
+  LinearArgs args{};
+  args.input = input.data<void>(), args.weight = weight.data<void>(), args.out = out.data<void>();
+  args.bias = bias.empty() ? nullptr : bias.data<void>();
+  args.dtype = input.dtype();
+  args.rows = input.size(0), args.in_features = weight.size(1), args.out_features = weight.size(0);
+  kernels(args.in_features).linear(args);
+}
+
 }  // namespace
 
 void parallel_ranges(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -177,7 +187,8 @@ __attribute__((visibility("default"))) int tokenselect_register() {
   if (aoti_torch_library_init_impl("tokenselect", "CPU", __FILE__, __LINE__, &library)) return 1;
   return aoti_torch_library_impl(library, "score_tokens", tokenselect::score_tokens) ||
          aoti_torch_library_impl(library, "topk_tokens", tokenselect::topk_tokens) ||
-         aoti_torch_library_impl(library, "sparse_attention", tokenselect::sparse_attention);
+         aoti_torch_library_impl(library, "sparse_attention", tokenselect::sparse_attention) ||
+         aoti_torch_library_impl(library, "linear", tokenselect::linear);
 }
 __attribute__((visibility("default"))) int tokenselect_use(const char* name) { return tokenselect::use_kernels(name); }
 __attribute__((visibility("default"))) const char* tokenselect_runnable() { return tokenselect::runnable_kernels(); }

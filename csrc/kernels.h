@@ -93,12 +93,22 @@ struct AttentionArgs {
   const float* sink_logits;  // [num_q_heads], or null
 };
 
+struct LinearArgs {
+  const void* input;   // [rows, in_features], contiguous
+  const void* weight;  // [out_features, in_features], contiguous
+  const void* bias;    // [out_features], or null
+  void* out;           // [rows, out_features]
+  DType dtype;         // of all of them
+  int64_t rows, in_features, out_features;
+};
+
 // One set per instruction set.
 struct Kernels {
   const char* name;
   void (*score_tokens)(const ScoreArgs&);
   void (*topk_tokens)(const TopkArgs&);
   void (*sparse_attention)(const AttentionArgs&);
+  void (*linear)(const LinearArgs&);
 };
 
 // The thread pool is PyTorch's. `body` gets ranges of 0 .. n - 1, each at least `grain` long but the last.

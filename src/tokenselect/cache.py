@@ -46,6 +46,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
+        self.handed: tuple[Tensor, Tensor] | None = None  # what the host got: it must come back unchanged
         self._own: _Buffers | None = None
         self.is_initialized = False
 
@@ -103,7 +104,13 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         own.keys[:, :, own.length : end] = key_states
         own.values[:, :, own.length : end] = value_states
         own.length = end
-        return own.keys[:, :, :end], own.values[:, :, :end]
+        self.handed = own.keys[:, :, :end], own.values[:, :, :end]
+        return self.handed
+
+    def attend(self, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+        """Attention [B, Tq, Hq, D] of `query` [B, Hq, Tq, D], as the running forward pass plans it."""
+        result: Tensor = self.owner.plan.attend(self, query, scale, softcap, sinks)
+        return result
 
     def _grow(self, own: _Buffers, needed: int) -> None:
         if needed <= own.keys.shape[2]:
@@ -138,7 +145,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything."""
-        self._own = None
+        self._own = self.handed = None
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -17,14 +17,6 @@ from tokenselect.selection import Block, SelectionPlan, block_starts, plan_selec
 
 
 @dataclass(frozen=True, slots=True)
-class Extras:
-    """What some models add to attention: a soft cap of the logits (Gemma 2), a sink logit per head (gpt-oss)."""
-
-    softcap: float | None = None
-    sink_logits: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Pass:
     """What every layer does in one forward pass.
 
@@ -47,8 +39,13 @@ class Pass:
     config: TokenSelectConfig
     ops: Backend
 
-    def attend(self, layer: RawKeyLayer, query: Tensor, scale: float, extras: Extras) -> Tensor:
-        """Attention of `query` [B, Hq, Tq, D] over the layer's cache; returns [B, Tq, Hq, D]."""
+    def attend(
+        self, layer: RawKeyLayer, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """Attention of `query` [B, Hq, Tq, D] over the layer's cache; returns [B, Tq, Hq, D].
+
+        Some models add a soft cap of the logits (Gemma 2) or `sinks`, a learned logit per head (gpt-oss).
+        """
         batch, heads, own, dim = query.shape
         flat = query.transpose(1, 2).reshape(batch * own, heads, dim)
         real = flat if self.rows is None else flat[self.rows]
@@ -66,8 +63,8 @@ class Pass:
             self.sin,
             scale,
             interleaved=self.interleaved,
-            softcap=extras.softcap,
-            sink_logits=extras.sink_logits,
+            softcap=softcap,
+            sink_logits=sinks,
         )
         if self.rows is not None:
             out = torch.zeros_like(flat).index_copy_(0, self.rows, out)

@@ -29,6 +29,7 @@ _SCHEMAS = (
     "sparse_attention(Tensor queries, Tensor keys, Tensor values, Tensor query_start_loc, Tensor slots, "
     "Tensor slot_start_loc, Tensor cos, Tensor sin, float scale, bool interleaved, float softcap, "
     "Tensor sink_logits, Tensor(a!) out) -> ()",
+    "linear(Tensor input, Tensor weight, Tensor bias, Tensor(a!) out) -> ()",
 )
 
 
@@ -183,6 +184,36 @@ def sparse_attention(
         softcap or 0.0,
         _NO_FLOATS if sink_logits is None else sink_logits.float().contiguous(),
         out,
+    )
+    return out
+
+
+def takes_linear(weight: Tensor) -> bool:
+    """Whether `linear` can multiply with this weight [out_features, in_features]."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in _DTYPES
+        and weight.shape[1] % 16 == 0
+        and weight.is_contiguous()
+        and why_missing() is None
+    )
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` for a few rows, as in a decode step: the weight is read once, by all threads.
+
+    Args:
+        rows: [..., in_features], in the dtype of `weight`; 16 rows at the most are worth it.
+        weight: [out_features, in_features] that `takes_linear`.
+        bias: [out_features].
+
+    Returns:
+        [..., out_features], sums in float32, rounded once.
+    """
+    rows = rows.contiguous()
+    out = rows.new_empty((*rows.shape[:-1], weight.shape[0]))
+    torch.ops.tokenselect.linear(
+        rows.view(-1, weight.shape[1]), weight, _NO_FLOATS if bias is None else bias, out.view(-1, weight.shape[0])
     )
     return out
 
