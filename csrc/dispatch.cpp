@@ -14,9 +14,10 @@ namespace tokenselect {
   void topk_tokens(const TopkArgs&);               \
   void sparse_attention(const AttentionArgs&);     \
   void linear(const LinearArgs&);                  \
+  void rms_norm(const NormArgs&);                  \
   }                                                \
   static const Kernels isa##_kernels{#isa, isa::score_tokens, isa::topk_tokens, isa::sparse_attention, \
-                                      isa::linear};
+                                      isa::linear, isa::rms_norm};
 
 TS_DECLARE(portable)
 #if defined(__x86_64__)

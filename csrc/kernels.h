@@ -102,6 +102,15 @@ struct LinearArgs {
   int64_t rows, in_features, out_features;
 };
 
+struct NormArgs {
+  const void* input;   // [rows, size], contiguous
+  const void* weight;  // [size]
+  void* out;           // like input
+  DType dtype;         // of all of them
+  int64_t rows, size;
+  float epsilon;
+};
+
 // One set per instruction set.
 struct Kernels {
   const char* name;
@@ -109,6 +118,7 @@ struct Kernels {
   void (*topk_tokens)(const TopkArgs&);
   void (*sparse_attention)(const AttentionArgs&);
   void (*linear)(const LinearArgs&);
+  void (*rms_norm)(const NormArgs&);
 };
 
 // The thread pool is PyTorch's. `body` gets ranges of 0 .. n - 1, each at least `grain` long but the last.

@@ -31,6 +31,7 @@ class _Buffers:
     keys: Tensor
     values: Tensor
     length: int = 0
+    pages: PageTable | None = None  # of these buffers
     states: list[SelectionState] = field(default_factory=list)
 
 
@@ -118,6 +119,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         capacity = max(int(own.keys.shape[2] * _GROWTH), needed, self.owner.reserve)
         own.keys = _enlarged(own.keys, own.length, capacity)
         own.values = _enlarged(own.values, own.length, capacity)
+        own.pages = None
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Keys and values as rows [num_rows, Hkv, D] of one paged cache: sequence `b` is page `b * Hkv`."""
@@ -126,10 +128,12 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def page_table(self, padding: list[int]) -> PageTable:
         """Where the tokens of each sequence lie in `rows()`."""
-        assert self._own is not None
-        batch, heads, capacity, _ = self._own.keys.shape
-        pages = torch.arange(batch, device=self.device)[:, None] * heads
-        return PageTable(pages, capacity, padding)
+        own = self._own
+        assert own is not None
+        if own.pages is None or own.pages.padding != padding:
+            batch, heads, capacity, _ = own.keys.shape
+            own.pages = PageTable(torch.arange(batch, device=self.device)[:, None] * heads, capacity, padding)
+        return own.pages
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the cache for a mask."""
@@ -179,6 +183,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         rows = rows.to(self.device)
         own.keys = _taken(own.keys, rows, own.length)
         own.values = _taken(own.values, rows, own.length)
+        own.pages = None
         own.states = [copy.copy(own.states[row]) for row in rows.tolist()]
 
 

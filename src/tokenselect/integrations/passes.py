@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenselect.cache import RawKeyLayer
 from tokenselect.config import TokenSelectConfig
 from tokenselect.ops import Backend
+from tokenselect.ops.paging import PageTable
 from tokenselect.rotary import RotaryTable
 from tokenselect.selection import Block, SelectionPlan, block_starts, plan_selection, select_tokens
 
@@ -38,6 +39,7 @@ class Pass:
     interleaved: bool
     config: TokenSelectConfig
     ops: Backend
+    _whole: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by page size: layers share it
 
     def attend(
         self, layer: RawKeyLayer, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
@@ -50,15 +52,14 @@ class Pass:
         flat = query.transpose(1, 2).reshape(batch * own, heads, dim)
         real = flat if self.rows is None else flat[self.rows]
         keys, values = layer.rows()
-        slots = self._slots(layer, real, keys, scale)
-        lengths = [part.shape[0] for part in slots]
+        slots, slot_start_loc = self._slots(layer, real, keys, scale)
         out = self.ops.sparse_attention(
             real,
             keys,
             values,
             self.query_start_loc,
-            torch.cat(slots),
-            torch.tensor([0, *accumulate(lengths)]),
+            slots,
+            slot_start_loc,
             self.cos,
             self.sin,
             scale,
@@ -70,20 +71,23 @@ class Pass:
             out = torch.zeros_like(flat).index_copy_(0, self.rows, out)
         return out.view(batch, own, heads, dim)
 
-    def _slots(self, layer: RawKeyLayer, queries: Tensor, keys: Tensor, scale: float) -> list[Tensor]:
-        """Rows of the cache that each block attends."""
+    def _slots(self, layer: RawKeyLayer, queries: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Rows of the cache that the blocks attend, one block after the other, and where each block's begin."""
         pages = layer.page_table(self.padding)
-        positions: dict[int, Tensor] = {}
-        if self.plan is not None:
-            chosen = select_tokens(queries, keys, pages, self.plan, layer.states, self.config, self.ops, scale)
-            positions = dict(zip(self.selecting, chosen, strict=True))
-        return [
-            pages.slots(
-                block.sequence,
-                positions[i] if i in positions else torch.arange(block.end, device=keys.device),
-            )
+        if self.plan is None:
+            if pages.page_size not in self._whole:
+                self._whole[pages.page_size] = self._rows_of(pages, {}, keys.device)
+            return self._whole[pages.page_size]
+        chosen = select_tokens(queries, keys, pages, self.plan, layer.states, self.config, self.ops, scale)
+        return self._rows_of(pages, dict(zip(self.selecting, chosen, strict=True)), keys.device)
+
+    def _rows_of(self, pages: PageTable, selected: dict[int, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        rows = [
+            pages.slots(block.sequence, selected[i] if i in selected else torch.arange(block.end, device=device))
             for i, block in enumerate(self.blocks)
         ]
+        start_loc = torch.tensor([0, *accumulate(part.shape[0] for part in rows)])
+        return rows[0] if len(rows) == 1 else torch.cat(rows), start_loc
 
 
 def plan_pass(

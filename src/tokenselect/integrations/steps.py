@@ -62,9 +62,11 @@ class Steps:
 
     Args:
         identity: the `position_embeddings` that every layer gets: 1 and 0, which rotate nothing.
+        ops: the backend.
     """
 
     identity: tuple[Tensor, Tensor]
+    ops: Any
     _bound: dict[Any, Callable[[Tensor, Any], Any] | None] = field(default_factory=dict)
     _traced: dict[Any, Program | None] = field(default_factory=dict)
 
@@ -95,7 +97,7 @@ class Steps:
         kind = (hidden.shape, flags, *_signature(layer))
         if kind not in self._traced:
             try:
-                self._traced[kind] = _trace_layer(index, layer, forward, hidden, kwargs, self.identity)
+                self._traced[kind] = _trace_layer(index, layer, forward, hidden, kwargs, self.identity, self.ops)
             except Exception as error:  # host code may fail in any way when it is traced
                 _log.info("layer %d runs its own Python in decode steps: %s", index, error)
                 self._traced[kind] = None
@@ -136,6 +138,7 @@ def _trace_layer(
     hidden: Tensor,
     kwargs: dict[str, Any],
     identity: tuple[Tensor, Tensor],
+    ops: Any,
 ) -> Program:
     """Record what `forward` does.
 
@@ -148,6 +151,7 @@ def _trace_layer(
     module = make_fx(lambda x: forward(x, **given), tracing_mode="fake", _allow_non_fake_inputs=True)(hidden)
     graph = module.graph
     _leave_out_rotation(graph, module, identity)
+    _fuse_norms(graph, module, ops)
     graph.eliminate_dead_code()
     cache_layer = _take_cache_layer(graph)
     inputs = _take_tensors(graph, module, _tensors_of(layer), cache_layer)
@@ -218,6 +222,52 @@ def _leave_out_rotation(graph: fx.Graph, module: nn.Module, identity: tuple[Tens
 def _looks_like(a: Any, b: fx.Node) -> bool:
     one, two = a.meta["val"], b.meta["val"]
     return bool(one.shape == two.shape and one.dtype == two.dtype)
+
+
+def _fuse_norms(graph: fx.Graph, module: nn.Module, ops: Any) -> None:
+    """A root mean square norm is one operation, where the backend has it."""
+    constants = _constants(graph, module)
+    takes: Callable[[Tensor], bool] = getattr(ops, "takes_linear", lambda weight: False)
+    for node in [node for node in graph.nodes if node.target is _aten.rsqrt.default]:
+        found = _norm_around(node, constants)
+        if found is None or not takes(constants[found[2]]):
+            continue
+        end, x, weight, epsilon = found
+        with graph.inserting_before(end):
+            norm = graph.call_function(torch.ops.tokenselect.rms_norm.default, (x, weight, epsilon))
+        norm.meta = end.meta
+        end.replace_all_uses_with(norm)
+
+
+_aten = torch.ops.aten
+
+
+def _norm_around(rsqrt: fx.Node, constants: dict[fx.Node, Tensor]) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
+    """Last node, input, weight and epsilon of `weight * (x * rsqrt(mean(x ** 2) + epsilon)).to(x.dtype)`."""
+    add = _made_by(rsqrt.args[0], _aten.add.Tensor)
+    mean = add and _made_by(add.args[0], _aten.mean.dim)
+    power = mean and list(mean.args[1:]) == [[-1], True] and _made_by(mean.args[0], _aten.pow.Tensor_Scalar)
+    if not power or power.args[1] != 2 or not isinstance(add.args[1], float):
+        return None
+    wide, scaled = power.args[0], _only_user(rsqrt, _aten.mul.Tensor)
+    if scaled is None or set(scaled.args) != {wide, rsqrt}:
+        return None
+    narrow = _only_user(scaled, _aten._to_copy.default) or scaled
+    end = _only_user(narrow, _aten.mul.Tensor)
+    weight = end and next((part for part in end.args if part in constants), None)
+    x = wide.args[0] if wide.target is _aten._to_copy.default else wide
+    if not weight or not _looks_like(x, end) or constants[weight].shape != x.meta["val"].shape[-1:]:
+        return None
+    return (end, x, weight, add.args[1]) if constants[weight].dtype == x.meta["val"].dtype else None
+
+
+def _made_by(node: Any, target: Any) -> Any:
+    return node if isinstance(node, fx.Node) and node.target is target else None
+
+
+def _only_user(node: fx.Node, target: Any) -> Any:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target is target else None
 
 
 def _take_cache_layer(graph: fx.Graph) -> fx.Node:

@@ -86,7 +86,7 @@ class TokenSelect:
             self._identity = self.rotary.identity(self.host.dtype)
             stack.enter_context(_attention_name(self.host.config))
             put_back(stack, self.host.decoder.rotary_emb)
-            self._steps = Steps(self._identity)
+            self._steps = Steps(self._identity, self.ops)
             for index, module in self.host.attention.items():
                 override(stack, module, "forward", functools.partial(self._attention, index))
                 layer = self.host.decoder.layers[index]

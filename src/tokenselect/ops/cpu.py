@@ -29,7 +29,8 @@ _SCHEMAS = (
     "sparse_attention(Tensor queries, Tensor keys, Tensor values, Tensor query_start_loc, Tensor slots, "
     "Tensor slot_start_loc, Tensor cos, Tensor sin, float scale, bool interleaved, float softcap, "
     "Tensor sink_logits, Tensor(a!) out) -> ()",
-    "linear(Tensor input, Tensor weight, Tensor bias, Tensor(a!) out) -> ()",
+    "linear(Tensor rows, Tensor weight, Tensor bias) -> Tensor",
+    "rms_norm(Tensor rows, Tensor weight, float epsilon) -> Tensor",
 )
 
 
@@ -70,7 +71,8 @@ def _load() -> ctypes.CDLL:
         function.restype = ctypes.c_char_p
     for schema in _SCHEMAS:
         _definitions.define(schema)  # type: ignore[no-untyped-call]
-        torch.library.register_fake(f"tokenselect::{schema.split('(')[0]}", _fake, lib=_definitions)
+        fake = _fake if schema.endswith("()") else _fake_rows
+        torch.library.register_fake(f"tokenselect::{schema.split('(')[0]}", fake, lib=_definitions)
     return library
 
 
@@ -78,7 +80,12 @@ _definitions = torch.library.Library("tokenselect", "DEF")  # type: ignore[no-un
 
 
 def _fake(*args: object) -> None:
-    """Every operation writes into an argument and returns nothing."""
+    """An operation that writes into an argument and returns nothing."""
+
+
+def _fake_rows(rows: Tensor, weight: Tensor, *args: object) -> Tensor:
+    """An operation that makes rows as long as the weight's first dimension."""
+    return rows.new_empty((*rows.shape[:-1], weight.shape[0]))
 
 
 def instruction_sets() -> list[str]:
@@ -189,11 +196,11 @@ def sparse_attention(
 
 
 def takes_linear(weight: Tensor) -> bool:
-    """Whether `linear` can multiply with this weight [out_features, in_features]."""
+    """Whether `linear` can multiply with this weight [out_features, in_features], or `rms_norm` with [size]."""
     return (
         weight.device.type == "cpu"
         and weight.dtype in _DTYPES
-        and weight.shape[1] % 16 == 0
+        and weight.shape[-1] % 16 == 0
         and weight.is_contiguous()
         and why_missing() is None
     )
@@ -210,11 +217,19 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., out_features], sums in float32, rounded once.
     """
-    rows = rows.contiguous()
-    out = rows.new_empty((*rows.shape[:-1], weight.shape[0]))
-    torch.ops.tokenselect.linear(
-        rows.view(-1, weight.shape[1]), weight, _NO_FLOATS if bias is None else bias, out.view(-1, weight.shape[0])
-    )
+    out: Tensor = torch.ops.tokenselect.linear(rows.contiguous(), weight, _NO_FLOATS if bias is None else bias)
+    return out
+
+
+def rms_norm(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Rows divided by their root mean square, times a weight; rounded before the weight and after it, as Llama does.
+
+    Args:
+        rows: [..., size] in the dtype of `weight`.
+        weight: [size] that `takes_linear`.
+        epsilon: added to the mean square.
+    """
+    out: Tensor = torch.ops.tokenselect.rms_norm(rows.contiguous(), weight, epsilon)
     return out
 
 
