@@ -1,4 +1,4 @@
-// Many rows that are read once, each multiplied with a few packed query rows: keys in scoring, weights in a linear layer.
+// Many rows ("keys") that are read once, each multiplied with a few packed rows ("queries").
 #pragma once
 
 #include "simd.h"
@@ -6,7 +6,7 @@
 namespace tokenselect::TS_ISA {
 namespace {
 
-constexpr int64_t kRowsAtOnce = W == 8 ? 6 : 8;  // accumulators that fit the registers
+constexpr int64_t kRowsAtOnce = W == 8 ? 6 : 8;  // sums that fit the registers
 
 // How 2 W elements of a key become operands, and how a query is stored so that they meet their own dimensions.
 struct Bf16 {
@@ -40,42 +40,11 @@ struct F32 {
   static int64_t place(int64_t i) { return i; }
 };
 
-// int8 keys meet queries of 16 bits: the products are exact and a sum over 256 dimensions fits 32 bits.
-struct I8 {
-  typedef int16_t Query;
-  static constexpr int64_t size = 1;
-  static int64_t place(int64_t i) { return i; }
-};
-
-TS_INLINE vi multiply_add(vi sum, const int8_t* key, const int16_t* query) {
-#if defined(__AVX512VNNI__)
-  const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)key));
-  return (vi)_mm512_dpwssd_epi32((__m512i)sum, wide, load<__m512i>(query));
-#elif defined(__AVX512BW__)
-  const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)key));
-  return sum + (vi)_mm512_madd_epi16(wide, load<__m512i>(query));
-#elif defined(__AVX2__)
-  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)key));
-  return sum + (vi)_mm256_madd_epi16(wide, load<__m256i>(query));
-#else
-  for (int i = 0; i < W; i++) sum[i] += key[2 * i] * query[2 * i] + key[2 * i + 1] * query[2 * i + 1];
-  return sum;
-#endif
-}
-
 // Sums of products of `Keys` keys with `Rows` packed queries, spread over a vector each: out[row * W + key].
 template <class Key, int Rows, int Keys>
 TS_INLINE void dot_keys(const char* const* keys, const typename Key::Query* queries, int64_t dim, vf* out) {
-  if constexpr (Key::size == 1) {
-    vi sum[Keys][Rows] = {};
-    for (int64_t d = 0; d < dim; d += 2 * W)
-      for (int k = 0; k < Keys; k++)
-        for (int r = 0; r < Rows; r++)
-          sum[k][r] = multiply_add(sum[k][r], (const int8_t*)keys[k] + d, queries + r * dim + d);
-    for (int k = 0; k < Keys; k++)
-      for (int r = 0; r < Rows; r++) out[r * W + k] = __builtin_convertvector(sum[k][r], vf);
 #if defined(__AVX512BF16__)
-  } else if constexpr (__is_same(Key, Bf16)) {  // queries are pairs of bf16 here
+  if constexpr (__is_same(Key, Bf16)) {  // queries are pairs of bf16 here
     __m512 sum[Keys][Rows] = {};
     for (int64_t d = 0; d < dim; d += 2 * W)
       for (int k = 0; k < Keys; k++) {
@@ -85,8 +54,10 @@ TS_INLINE void dot_keys(const char* const* keys, const typename Key::Query* quer
       }
     for (int k = 0; k < Keys; k++)
       for (int r = 0; r < Rows; r++) out[r * W + k] = (vf)sum[k][r];
+    return;
+  }
 #endif
-  } else {
+  {
     vf even[Keys][Rows] = {}, odd[Keys][Rows] = {};
     for (int64_t d = 0; d < dim; d += 2 * W)
       for (int k = 0; k < Keys; k++) {
@@ -140,23 +111,16 @@ void dot_all(const char* const* keys, int64_t n, const typename Key::Query* quer
   }
 }
 
-// One query row in the order that its keys are read in; an integer one is scaled by the factor that is returned.
+// One query row in the order that its keys are read in.
 template <class Key>
-float pack(const float* query, int64_t dim, typename Key::Query* out) {
-  if constexpr (Key::size == 1) {
-    float most = 0;
-    for (int64_t i = 0; i < dim; i++) most = __builtin_fabsf(query[i]) > most ? __builtin_fabsf(query[i]) : most;
-    const float unit = most > 0 ? most / 32767.0f : 1.0f;
-    for (int64_t i = 0; i < dim; i++) out[i] = (int16_t)__builtin_rintf(query[i] / unit);
-    return unit;
+void pack(const float* query, int64_t dim, typename Key::Query* out) {
 #if defined(__AVX512BF16__)
-  } else if constexpr (__is_same(Key, Bf16)) {
+  if constexpr (__is_same(Key, Bf16)) {
     for (int64_t i = 0; i < dim; i++) ((uint16_t*)out)[i] = float_to_bf16(query[i]);
-#endif
-  } else {
-    for (int64_t i = 0; i < dim; i++) out[Key::place(i)] = query[i];
+    return;
   }
-  return 1.0f;
+#endif
+  for (int64_t i = 0; i < dim; i++) out[Key::place(i)] = query[i];
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 // A key is loaded once for all rows that score it: the heads of its group, both views of the distances and the blocks
 // that share its context. Each chunk of keys leaves exp(logit - its own maximum) behind and its maximum and sum, so the
 // second pass reads those, not the keys, and is one multiplication per row and token.
-#include "dot.h"
+#include "tile.h"
 
 namespace tokenselect::TS_ISA {
 namespace {
@@ -46,8 +46,8 @@ TS_INLINE vf load_weight(const void* weights, int64_t i) {
 
 // Queries of one KV head, rotated for the runs that position `at` lies in; only for the views that changed there.
 template <class Key>
-void turn_queries(const Group& g, int64_t kv_head, int64_t at, uint32_t changed, float* turned,
-                  typename Key::Query* packed, float* units) {
+void turn_queries(const Group& g, int64_t kv_head, int64_t at, uint32_t changed, float* turned, char* packed,
+                  float* units) {
   const ScoreArgs& a = g.a;
   const int64_t heads = a.num_q_heads / a.num_kv_heads;
   for (int64_t n = 0; n < g.num_blocks; n++)
@@ -61,8 +61,15 @@ void turn_queries(const Group& g, int64_t kv_head, int64_t at, uint32_t changed,
         const float* query = a.queries + (block * a.num_q_heads + kv_head * heads + h) * a.head_dim;
         __builtin_memcpy(turned, query, a.head_dim * sizeof(float));
         rotate_row(turned, view.cos + run * a.half, view.sin + run * a.half, a.half, a.interleaved);
-        units[row] = pack<Key>(turned, a.head_dim, packed + row * a.head_dim) * a.scale;
+        units[row] = Key::pack(turned, a.head_dim, packed + row * Key::query_bytes(a.head_dim)) * a.scale;
       }
+}
+
+// exp(logit - most); in powers of two, where a weight in half precision is all that is kept.
+template <class Key>
+TS_INLINE vf exp_of(vf logits, float most) {
+  if constexpr (Key::size == 4) return vexp(logits - most);
+  else return vexp2(logits * 1.44269504f - most * 1.44269504f);
 }
 
 // Logits of one chunk become exponentials under the chunk's own maximum.
@@ -87,7 +94,7 @@ void weigh(const Group& g, int64_t kv_head, int64_t chunk, const float* logits) 
     if (i < stop) most = vmax(most, lane < (int32_t)(stop - i) ? load<vf>(own + i) : set1(kNone));
     stats.most = max_of(most);
     for (i = 0; i < stop; i += W) {
-      vf e = vexp(load<vf>(own + i) - stats.most);
+      vf e = exp_of<Key>(load<vf>(own + i), stats.most);
       if (i + W > stop) e = lane < (int32_t)(stop - i) ? e : vf{};
       sum += e;
       if (i >= low && i + W <= high) chosen += e;
@@ -105,15 +112,16 @@ void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
   const int64_t from = g.begin + chunk * kChunk, to = from + kChunk < g.end ? from + kChunk : g.end;
   int64_t slots[kChunk];
   const char* keys[kChunk];
-  float key_scales[kChunk];
+  float key_scales[kChunk + W];
   rows_of(a.pages, a.sequences[g.first_block], from, to, slots);
   for (int64_t i = 0; i < to - from; i++)
     keys[i] = (const char*)a.keys.data + (slots[i] * a.keys.row_stride + kv_head * a.keys.head_stride) * Key::size;
   if (Key::size == 1)
     for (int64_t i = 0; i < to - from; i++) key_scales[i] = a.key_scales[slots[i] * a.num_kv_heads + kv_head];
-  float* turned = (float*)scratch(2, (a.head_dim + g.head_rows * (a.head_dim + 1)) * sizeof(float));
-  auto* packed = (typename Key::Query*)(turned + a.head_dim);
-  float* units = turned + a.head_dim + g.head_rows * a.head_dim;
+  float* turned = (float*)scratch(2, (a.head_dim + g.head_rows) * sizeof(float));
+  float* units = turned + a.head_dim;
+  char* packed = (char*)scratch(5, g.head_rows * Key::query_bytes(a.head_dim));
+  vu* tiles = (vu*)scratch(6, 2 * tile_size<Key>(a.head_dim) * sizeof(vu));
   float* logits = (float*)scratch(3, g.head_rows * kChunk * sizeof(float));
   uint32_t changed = ~0u;
   for (int64_t at = from; at < to;) {
@@ -126,20 +134,15 @@ void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
       if (border == next) changed |= 1u << v;
     }
     // Vectors may reach past the run's end, but never past the chunk's: what follows overwrites that.
-    int64_t n = next - at, own_ld = kChunk;
-    float* out = logits + (at - from);
-    float* spare = nullptr;
-    if ((at - from + n + W - 1) / W * W > kChunk || (at - from) % W) {
-      spare = (float*)scratch(4, g.head_rows * (kChunk + W) * sizeof(float));
-      out = spare, own_ld = kChunk + W;
-    }
-    dot_all<Key>(keys + (at - from), n, packed, g.head_rows, a.head_dim, out, own_ld);
-    for (int64_t r = 0; r < g.head_rows; r++) {
-      float* row = logits + r * kChunk + (at - from);
-      const float* made = out + r * own_ld;
-      const float* scales = key_scales + (at - from);
-      for (int64_t i = 0; i < n; i++) row[i] = made[i] * (Key::size == 1 ? units[r] * scales[i] : units[r]);
-    }
+    const int64_t n = next - at, place = at - from;
+    const bool spare = (place + n + W - 1) / W * W > kChunk || place % W;
+    float* out = spare ? (float*)scratch(4, g.head_rows * (kChunk + W) * sizeof(float)) : logits + place;
+    const int64_t ld = spare ? kChunk + W : kChunk;
+    dot_tiles<Key>(keys + place, n, tiles, packed, g.head_rows, a.head_dim, units,
+                   Key::size == 1 ? key_scales + place : nullptr, out, ld);
+    if (spare)
+      for (int64_t r = 0; r < g.head_rows; r++)
+        __builtin_memcpy(logits + r * kChunk + place, out + r * ld, n * sizeof(float));
     at = next;
   }
   weigh<Key>(g, kv_head, chunk, logits);

@@ -85,6 +85,19 @@ TS_INLINE vf vexp(vf x) {
   return (vf)(((vi)p + power) & alive);
 }
 
+// 2^x for -126 <= x <= 127, which smaller ones count as. Relative error about 7e-6, below half precision's.
+TS_INLINE vf vexp2(vf x) {
+  x = vmax(x, set1(-126.0f));
+  const vf n = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
+  const vf r = x - (n - 12582912.0f);
+  vf p = set1(9.6708764e-3f);
+  p = p * r + 5.5901898e-2f;
+  p = p * r + 2.4022107e-1f;
+  p = p * r + 6.9312934e-1f;
+  p = p * r + 1.0f;
+  return (vf)((vi)p + ((vi)n << 23));
+}
+
 TS_INLINE float bf16_to_float(uint16_t x) {
   const uint32_t bits = (uint32_t)x << 16;
   return load<float>(&bits);
