@@ -114,13 +114,15 @@ void score_tokens(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t run_size1 = value_of<int64_t>(stack[16]);
   const bool interleaved = value_of<bool>(stack[17]);
   const double scale = value_of<double>(stack[18]);
-  const Tensor start_loc(stack[19]), votes(stack[20]);
+  const Tensor start_loc(stack[19]), key_center(stack[20]), votes(stack[21]);
   ScoreArgs args{};
   args.queries = queries.data<float>();
   args.num_blocks = queries.size(0), args.num_q_heads = queries.size(1), args.head_dim = queries.size(2);
   args.num_kv_heads = keys.size(1);
   args.keys = keys.rows();
-  args.key_scales = key_scales.empty() ? nullptr : key_scales.data<float>();
+  if (!key_scales.empty()) args.key_scales = {key_scales.data<void>(), key_scales.size(0), key_scales.stride(0),
+                                              key_scales.stride(1), DType::f32};
+  args.key_center = key_center.empty() ? nullptr : key_center.data<float>();
   args.pages = {pages.data<int64_t>(), pages.size(1), page_size, padding.data<int64_t>()};
   args.sequences = sequences.data<int64_t>();
   args.candidates = candidates.data<int64_t>();
@@ -210,6 +212,13 @@ void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = (StableIValue)(uintptr_t)out;
 }
 
+void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor keys(stack[0]), center(stack[1]), out(stack[2]), scales(stack[3]);
+  kernels(keys.size(2)).quantize_rows({keys.rows(), keys.size(1), keys.size(2),
+                                       center.empty() ? nullptr : center.data<float>(), out.data<int8_t>(),
+                                       scales.data<float>()});
+}
+
 }  // namespace
 
 void parallel_ranges(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -237,7 +246,8 @@ __attribute__((visibility("default"))) int tokenselect_register() {
          aoti_torch_library_impl(library, "topk_tokens", tokenselect::topk_tokens) ||
          aoti_torch_library_impl(library, "sparse_attention", tokenselect::sparse_attention) ||
          aoti_torch_library_impl(library, "linear", tokenselect::linear) ||
-         aoti_torch_library_impl(library, "rms_norm", tokenselect::rms_norm);
+         aoti_torch_library_impl(library, "rms_norm", tokenselect::rms_norm) ||
+         aoti_torch_library_impl(library, "quantize_rows", tokenselect::quantize_rows);
 }
 __attribute__((visibility("default"))) int tokenselect_use(const char* name) { return tokenselect::use_kernels(name); }
 __attribute__((visibility("default"))) const char* tokenselect_runnable() { return tokenselect::runnable_kernels(); }

@@ -15,9 +15,10 @@ namespace tokenselect {
   void sparse_attention(const AttentionArgs&);     \
   void linear(const LinearArgs&);                  \
   void rms_norm(const NormArgs&);                  \
+  void quantize_rows(const QuantizeArgs&);         \
   }                                                \
   static const Kernels isa##_kernels{#isa, isa::score_tokens, isa::topk_tokens, isa::sparse_attention, \
-                                      isa::linear, isa::rms_norm};
+                                      isa::linear, isa::rms_norm, isa::quantize_rows};
 
 TS_DECLARE(portable)
 #if defined(__x86_64__)

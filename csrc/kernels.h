@@ -53,7 +53,8 @@ struct ScoreArgs {
   const float* queries;  // [num_blocks, num_q_heads, head_dim]
   int64_t num_blocks, num_q_heads, num_kv_heads, head_dim;
   Rows keys;
-  const float* key_scales;  // [rows, num_kv_heads] of an int8 copy, or null
+  Rows key_scales;  // [rows, num_kv_heads] floats of an int8 copy, or without data
+  const float* key_center;  // [num_seqs, num_kv_heads, head_dim], what its keys are counted from, or null
   Pages pages;
   const int64_t* sequences;   // [num_blocks]
   const int64_t* candidates;  // [num_blocks, 2]
@@ -111,6 +112,14 @@ struct NormArgs {
   float epsilon;
 };
 
+struct QuantizeArgs {
+  Rows keys;            // [rows, num_heads, size]
+  int64_t heads, size;
+  const float* center;  // [num_heads, size], or null
+  int8_t* out;          // [rows, num_heads, size], contiguous
+  float* scales;        // [rows, num_heads]
+};
+
 // One set per instruction set.
 struct Kernels {
   const char* name;
@@ -119,6 +128,7 @@ struct Kernels {
   void (*sparse_attention)(const AttentionArgs&);
   void (*linear)(const LinearArgs&);
   void (*rms_norm)(const NormArgs&);
+  void (*quantize_rows)(const QuantizeArgs&);
 };
 
 // The thread pool is PyTorch's. `body` gets ranges of 0 .. n - 1, each at least `grain` long but the last.

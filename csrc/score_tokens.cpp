@@ -44,11 +44,19 @@ TS_INLINE vf load_weight(const void* weights, int64_t i) {
   else return load_half((const uint16_t*)weights + i);
 }
 
+TS_INLINE float dot(const float* x, const float* y, int64_t dim) {
+  vf sum{};
+  for (int64_t d = 0; d < dim; d += W) sum += load<vf>(x + d) * load<vf>(y + d);
+  return sum_of(sum);
+}
+
 // Queries of one KV head, rotated for the runs that position `at` lies in; only for the views that changed there.
 template <class Key>
 void turn_queries(const Group& g, int64_t kv_head, int64_t at, uint32_t changed, float* turned, char* packed,
-                  float* units) {
+                  float* units, float* shifts) {
   const ScoreArgs& a = g.a;
+  const float* center =
+      a.key_center ? a.key_center + (a.sequences[g.first_block] * a.num_kv_heads + kv_head) * a.head_dim : nullptr;
   const int64_t heads = a.num_q_heads / a.num_kv_heads;
   for (int64_t n = 0; n < g.num_blocks; n++)
     for (int64_t h = 0; h < heads; h++)
@@ -62,6 +70,7 @@ void turn_queries(const Group& g, int64_t kv_head, int64_t at, uint32_t changed,
         __builtin_memcpy(turned, query, a.head_dim * sizeof(float));
         rotate_row(turned, view.cos + run * a.half, view.sin + run * a.half, a.half, a.interleaved);
         units[row] = Key::pack(turned, a.head_dim, packed + row * Key::query_bytes(a.head_dim)) * a.scale;
+        shifts[row] = center ? dot(turned, center, a.head_dim) * a.scale : 0;
       }
 }
 
@@ -117,15 +126,16 @@ void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
   for (int64_t i = 0; i < to - from; i++)
     keys[i] = (const char*)a.keys.data + (slots[i] * a.keys.row_stride + kv_head * a.keys.head_stride) * Key::size;
   if (Key::size == 1)
-    for (int64_t i = 0; i < to - from; i++) key_scales[i] = a.key_scales[slots[i] * a.num_kv_heads + kv_head];
-  float* turned = (float*)scratch(2, (a.head_dim + g.head_rows) * sizeof(float));
-  float* units = turned + a.head_dim;
+    for (int64_t i = 0; i < to - from; i++)
+      key_scales[i] = ((const float*)a.key_scales.data)[slots[i] * a.key_scales.row_stride + kv_head * a.key_scales.head_stride];
+  float* turned = (float*)scratch(2, (a.head_dim + 2 * g.head_rows) * sizeof(float));
+  float *units = turned + a.head_dim, *shifts = units + g.head_rows;
   char* packed = (char*)scratch(5, g.head_rows * Key::query_bytes(a.head_dim));
   vu* tiles = (vu*)scratch(6, 2 * tile_size<Key>(a.head_dim) * sizeof(vu));
   float* logits = (float*)scratch(3, g.head_rows * kChunk * sizeof(float));
   uint32_t changed = ~0u;
   for (int64_t at = from; at < to;) {
-    turn_queries<Key>(g, kv_head, at, changed, turned, packed, units);
+    turn_queries<Key>(g, kv_head, at, changed, turned, packed, units, shifts);
     int64_t next = to;
     changed = 0;
     for (int64_t v = 0; v < a.num_views; v++) {
@@ -138,7 +148,7 @@ void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
     const bool spare = (place + n + W - 1) / W * W > kChunk || place % W;
     float* out = spare ? (float*)scratch(4, g.head_rows * (kChunk + W) * sizeof(float)) : logits + place;
     const int64_t ld = spare ? kChunk + W : kChunk;
-    dot_tiles<Key>(keys + place, n, tiles, packed, g.head_rows, a.head_dim, units,
+    dot_tiles<Key>(keys + place, n, tiles, packed, g.head_rows, a.head_dim, units, shifts,
                    Key::size == 1 ? key_scales + place : nullptr, out, ld);
     if (spare)
       for (int64_t r = 0; r < g.head_rows; r++)

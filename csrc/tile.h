@@ -201,10 +201,10 @@ TS_INLINE void make_tile(const char* const* keys, int64_t dim, vu* tile) {
 constexpr int kRowsAtOnce = W == 8 ? 6 : 8;  // sums that fit the registers
 
 // Products of `Tiles` tiles, one after the other, with `Rows` packed queries: out[row * ld + key], times `units[row]`
-// and, where they are given, the keys' own scales.
+// and, where they are given, the keys' own scales, plus `shifts[row]`.
 template <class Key, int Rows, int Tiles>
 TS_INLINE void multiply_tiles(const vu* tiles, const char* queries, int64_t dim, const float* units,
-                              const float* key_scales, float* out, int64_t ld) {
+                              const float* shifts, const float* key_scales, float* out, int64_t ld) {
   const int64_t pieces = tile_size<Key>(dim), bytes = Key::query_bytes(dim);
   typename Key::Sum sums[Tiles][Rows] = {};
   for (int64_t i = 0; i < pieces; i++)
@@ -216,29 +216,29 @@ TS_INLINE void multiply_tiles(const vu* tiles, const char* queries, int64_t dim,
     const vf scales = key_scales ? load<vf>(key_scales + t * W) : set1(1.0f);
     for (int r = 0; r < Rows; r++) {
       const vf made = typename Key::Query(queries + r * bytes, dim).finish(sums[t][r]);
-      store(out + r * ld + t * W, made * (scales * units[r]));
+      store(out + r * ld + t * W, made * (scales * units[r]) + shifts[r]);
     }
   }
 }
 
 template <class Key, int Tiles>
 void multiply_all(const vu* tiles, const char* queries, int64_t rows, int64_t dim, const float* units,
-                  const float* key_scales, float* out, int64_t ld) {
+                  const float* shifts, const float* key_scales, float* out, int64_t ld) {
   const int64_t parts = (rows + kRowsAtOnce - 1) / kRowsAtOnce, bytes = Key::query_bytes(dim);
   for (int64_t p = 0, r = 0; p < parts; p++) {
     const int64_t some = (rows - r + parts - p - 1) / (parts - p);
     const char* q = queries + r * bytes;
     float* o = out + r * ld;
-    const float* u = units + r;
+    const float *u = units + r, *h = shifts + r;
     switch (some) {
-      case 1: multiply_tiles<Key, 1, Tiles>(tiles, q, dim, u, key_scales, o, ld); break;
-      case 2: multiply_tiles<Key, 2, Tiles>(tiles, q, dim, u, key_scales, o, ld); break;
-      case 3: multiply_tiles<Key, 3, Tiles>(tiles, q, dim, u, key_scales, o, ld); break;
-      case 4: multiply_tiles<Key, 4, Tiles>(tiles, q, dim, u, key_scales, o, ld); break;
-      case 5: multiply_tiles<Key, 5, Tiles>(tiles, q, dim, u, key_scales, o, ld); break;
-      case 6: multiply_tiles<Key, 6, Tiles>(tiles, q, dim, u, key_scales, o, ld); break;
-      case 7: multiply_tiles<Key, 7, Tiles>(tiles, q, dim, u, key_scales, o, ld); break;
-      default: multiply_tiles<Key, 8, Tiles>(tiles, q, dim, u, key_scales, o, ld); break;
+      case 1: multiply_tiles<Key, 1, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
+      case 2: multiply_tiles<Key, 2, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
+      case 3: multiply_tiles<Key, 3, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
+      case 4: multiply_tiles<Key, 4, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
+      case 5: multiply_tiles<Key, 5, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
+      case 6: multiply_tiles<Key, 6, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
+      case 7: multiply_tiles<Key, 7, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
+      default: multiply_tiles<Key, 8, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
     }
     r += some;
   }
@@ -248,7 +248,7 @@ void multiply_all(const vu* tiles, const char* queries, int64_t rows, int64_t di
 // `key_scales`, if given, may be read to a whole vector.
 template <class Key>
 void dot_tiles(const char* const* keys, int64_t n, vu* tiles, const char* queries, int64_t rows, int64_t dim,
-               const float* units, const float* key_scales, float* out, int64_t ld) {
+               const float* units, const float* shifts, const float* key_scales, float* out, int64_t ld) {
   const char* some[W];
   const int64_t size = tile_size<Key>(dim);
   for (int64_t i = 0; i < n;) {
@@ -260,8 +260,8 @@ void dot_tiles(const char* const* keys, int64_t n, vu* tiles, const char* querie
       make_tile<Key>(whole ? keys + first : some, dim, tiles + t * size);
     }
     const float* scales = key_scales ? key_scales + i : nullptr;
-    if (together == 2) multiply_all<Key, 2>(tiles, queries, rows, dim, units, scales, out + i, ld);
-    else multiply_all<Key, 1>(tiles, queries, rows, dim, units, scales, out + i, ld);
+    if (together == 2) multiply_all<Key, 2>(tiles, queries, rows, dim, units, shifts, scales, out + i, ld);
+    else multiply_all<Key, 1>(tiles, queries, rows, dim, units, shifts, scales, out + i, ld);
     i += together * W;
   }
 }

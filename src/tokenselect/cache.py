@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ class Owner:
     """Who filled a cache: raw keys mean nothing to a model that rotates them itself."""
 
     active: bool = True
+    quantize: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # scoring reads an int8 copy
     plan: Any = None  # of the forward pass that runs; see integrations.transformers
     reserve: int = 0  # tokens that are known to come
 
@@ -31,8 +33,37 @@ class _Buffers:
     keys: Tensor
     values: Tensor
     length: int = 0
+    copy: _Int8Copy | None = None
     pages: PageTable | None = None  # of these buffers
     states: list[SelectionState] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Int8Copy:
+    """An int8 copy of raw keys, and what it is counted from; see `ops.reference.quantize_rows`."""
+
+    integers: Tensor  # [B, Hkv, capacity, D]
+    scales: Tensor  # [B, Hkv, capacity]
+    center: Tensor  # [B, Hkv, D]
+    length: int = 0  # tokens copied
+
+    @classmethod
+    def of(cls, keys: Tensor, length: int) -> _Int8Copy:
+        """Room for a copy of `keys` [B, Hkv, capacity, D]; its center is that of the first of `length` tokens."""
+        center = keys[:, :, : min(length, _CENTER_TOKENS)].float().mean(2)
+        scales = keys.new_empty(keys.shape[:3], dtype=torch.float32)
+        return cls(keys.new_empty(keys.shape, dtype=torch.int8), scales, center)
+
+    def update(self, keys: Tensor, length: int, quantize: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Copy the tokens that are new."""
+        new = slice(self.length, length)
+        for own, scales, center, given in zip(self.integers, self.scales, self.center, keys, strict=True):
+            made = quantize(given[:, new].transpose(0, 1), center)
+            own[:, new], scales[:, new] = made[0].transpose(0, 1), made[1].T
+        self.length = length
+
+
+_CENTER_TOKENS = 1024  # fewer than there are when selection begins, so that chunks do not matter
 
 
 class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -126,6 +157,21 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         assert self._own is not None
         return _as_rows(self._own.keys), _as_rows(self._own.values)
 
+    def scoring_rows(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Keys as scoring reads them: as they are, or their int8 copy, brought up to date, its scales and center."""
+        own, quantize = self._own, self.owner.quantize
+        assert own is not None
+        if quantize is None:
+            return _as_rows(own.keys), None, None
+        if own.copy is None or own.copy.integers.shape != own.keys.shape:
+            own.copy = _Int8Copy.of(own.keys, own.length)
+        copied = own.copy
+        if copied.length < own.length:
+            copied.update(own.keys, own.length, quantize)
+        batch, heads, capacity = copied.scales.shape
+        scales = copied.scales.as_strided(((batch * heads - heads + 1) * capacity, heads), (1, capacity))
+        return _as_rows(copied.integers), scales, copied.center
+
     def page_table(self, padding: list[int]) -> PageTable:
         """Where the tokens of each sequence lie in `rows()`."""
         own = self._own
@@ -159,6 +205,8 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._own is None or tokens_to_remove == 0:
             return
         self._own.length = max(0, self._own.length + tokens_to_remove)
+        if self._own.copy is not None:
+            self._own.copy.length = min(self._own.copy.length, self._own.length)
         for state in self._own.states:
             state.forget()
 
@@ -183,7 +231,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         rows = rows.to(self.device)
         own.keys = _taken(own.keys, rows, own.length)
         own.values = _taken(own.values, rows, own.length)
-        own.pages = None
+        own.pages = own.copy = None
         own.states = [copy.copy(own.states[row]) for row in rows.tolist()]
 
 

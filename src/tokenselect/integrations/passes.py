@@ -52,7 +52,7 @@ class Pass:
         flat = query.transpose(1, 2).reshape(batch * own, heads, dim)
         real = flat if self.rows is None else flat[self.rows]
         keys, values = layer.rows()
-        slots, slot_start_loc = self._slots(layer, real, keys, scale)
+        slots, slot_start_loc = self._slots(layer, real, scale)
         out = self.ops.sparse_attention(
             real,
             keys,
@@ -71,15 +71,16 @@ class Pass:
             out = torch.zeros_like(flat).index_copy_(0, self.rows, out)
         return out.view(batch, own, heads, dim)
 
-    def _slots(self, layer: RawKeyLayer, queries: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _slots(self, layer: RawKeyLayer, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Rows of the cache that the blocks attend, one block after the other, and where each block's begin."""
         pages = layer.page_table(self.padding)
         if self.plan is None:
             if pages.page_size not in self._whole:
-                self._whole[pages.page_size] = self._rows_of(pages, {}, keys.device)
+                self._whole[pages.page_size] = self._rows_of(pages, {}, queries.device)
             return self._whole[pages.page_size]
-        chosen = select_tokens(queries, keys, pages, self.plan, layer.states, self.config, self.ops, scale)
-        return self._rows_of(pages, dict(zip(self.selecting, chosen, strict=True)), keys.device)
+        keys, *copy = layer.scoring_rows()
+        chosen = select_tokens(queries, keys, pages, self.plan, layer.states, self.config, self.ops, scale, *copy)
+        return self._rows_of(pages, dict(zip(self.selecting, chosen, strict=True)), queries.device)
 
     def _rows_of(self, pages: PageTable, selected: dict[int, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         rows = [

@@ -24,13 +24,14 @@ _SCHEMAS = (
     "score_tokens(Tensor queries, Tensor keys, Tensor key_scales, Tensor pages, Tensor padding, int page_size, "
     "Tensor sequences, Tensor candidates, Tensor context, Tensor cos0, Tensor sin0, Tensor runs0, int run_size0, "
     "Tensor cos1, Tensor sin1, Tensor runs1, int run_size1, bool interleaved, float scale, Tensor start_loc, "
-    "Tensor(a!) votes) -> ()",
+    "Tensor key_center, Tensor(a!) votes) -> ()",
     "topk_tokens(Tensor votes, Tensor start_loc, int k, Tensor(a!) indices) -> ()",
     "sparse_attention(Tensor queries, Tensor keys, Tensor values, Tensor query_start_loc, Tensor slots, "
     "Tensor slot_start_loc, Tensor cos, Tensor sin, float scale, bool interleaved, float softcap, "
     "Tensor sink_logits, Tensor(a!) out) -> ()",
     "linear(Tensor rows, Tensor weight, Tensor bias) -> Tensor",
     "rms_norm(Tensor rows, Tensor weight, float epsilon) -> Tensor",
+    "quantize_rows(Tensor rows, Tensor center, Tensor(a!) integers, Tensor(b!) scales) -> ()",
 )
 
 
@@ -120,6 +121,7 @@ def score_tokens(
     scale: float,
     context: Tensor | None = None,
     key_scales: Tensor | None = None,
+    key_center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.reference.score_tokens`."""
     first, second = distances[0], distances[-1]
@@ -129,7 +131,7 @@ def score_tokens(
     torch.ops.tokenselect.score_tokens(
         queries.contiguous(),
         _rows(keys),
-        _NO_FLOATS if key_scales is None else key_scales.contiguous(),
+        _NO_FLOATS if key_scales is None else key_scales,
         pages.pages.contiguous(),
         torch.tensor(pages.padding),
         pages.page_size,
@@ -147,6 +149,7 @@ def score_tokens(
         first.interleaved,
         scale,
         start_loc,
+        _NO_FLOATS if key_center is None else key_center.contiguous(),
         votes,
     )
     return votes, start_loc
@@ -193,6 +196,14 @@ def sparse_attention(
         out,
     )
     return out
+
+
+def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `ops.reference.quantize_rows`."""
+    integers, scales = rows.new_empty(rows.shape, dtype=torch.int8), rows.new_empty(rows.shape[:2], dtype=torch.float32)
+    given = _NO_FLOATS if center is None else center.contiguous()
+    torch.ops.tokenselect.quantize_rows(_rows(rows), given, integers, scales)
+    return integers, scales
 
 
 def takes_linear(weight: Tensor) -> bool:
