@@ -8,6 +8,9 @@
 namespace tokenselect {
 namespace {
 
+constexpr int32_t kCpu = 0;  // PyTorch's number of that kind of device
+constexpr int64_t kMostDims = 8;
+
 template <class T>
 T value_of(StableIValue value) {
   T out;
@@ -20,10 +23,17 @@ View view_of(const Tensor& cos, const Tensor& sin, int64_t run_size, const Tenso
   return {cos.data<float>(), sin.data<float>(), run_size, runs.data<int64_t>()};
 }
 
-const float* scales_of(const Tensor& key_scales, const Rows& keys, int64_t num_kv_heads) {
-  if (keys.dtype == DType::i8) return key_scales.shaped({keys.count, num_kv_heads}).data<float>();
-  if (!key_scales.empty()) refuse("key_scales", "absent unless keys are int8", "some");
-  return nullptr;
+// What an int8 copy of keys needs to be read: its scales, and the center that its keys are counted from.
+void add_int8(const Tensor& key_scales, const Tensor& key_center, int64_t num_sequences, ScoreArgs& a) {
+  if (a.keys.dtype != DType::i8) {
+    if (!key_scales.empty()) refuse("key_scales", "absent unless keys are int8", "some");
+    if (!key_center.empty()) refuse("key_center", "absent unless keys are int8", "some");
+    return;
+  }
+  key_scales.shaped({a.keys.count, a.num_kv_heads});
+  a.key_scales = {key_scales.strided<float>(), a.keys.count, key_scales.stride(0), key_scales.stride(1), DType::f32};
+  if (!key_center.empty())
+    a.key_center = key_center.shaped({num_sequences, a.num_kv_heads, a.head_dim}).data<float>();
 }
 
 void score_tokens(StableIValue* stack, uint64_t, uint64_t) {
@@ -37,7 +47,7 @@ void score_tokens(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t run_size1 = value_of<int64_t>(stack[16]);
   const bool interleaved = value_of<bool>(stack[17]);
   const double scale = value_of<double>(stack[18]);
-  const Tensor start_loc(stack[19], "start_loc"), votes(stack[20], "votes");
+  const Tensor start_loc(stack[19], "start_loc"), key_center(stack[20], "key_center"), votes(stack[21], "votes");
   ScoreArgs args{};
   args.queries = queries.shaped({-1, -1, -1}).data<float>();
   args.num_blocks = queries.size(0), args.num_q_heads = queries.size(1), args.head_dim = queries.size(2);
@@ -45,8 +55,8 @@ void score_tokens(StableIValue* stack, uint64_t, uint64_t) {
   args.num_kv_heads = keys.size(1);
   args.half = cos0.shaped({-1, -1}).size(1);
   check_heads(args.num_q_heads, args.num_kv_heads, args.head_dim, args.half);
-  args.key_scales = scales_of(key_scales, args.keys, args.num_kv_heads);
-  args.pages = {pages.shaped({-1, -1}).data<int64_t>(), pages.size(1), page_size,
+  add_int8(key_scales, key_center, pages.shaped({-1, -1}).size(0), args);
+  args.pages = {pages.data<int64_t>(), pages.size(1), page_size,
                 padding.shaped({pages.size(0)}).data<int64_t>()};
   args.sequences = sequences.shaped({args.num_blocks}).data<int64_t>();
   args.candidates = candidates.shaped({args.num_blocks, 2}).data<int64_t>();
@@ -107,6 +117,71 @@ void sparse_attention(StableIValue* stack, uint64_t, uint64_t) {
   kernels(args.head_dim).sparse_attention(args);
 }
 
+// Like `rows`, with `last` numbers in the last dimension.
+AtenTensorHandle new_rows(const Tensor& rows, int64_t last) {
+  const int64_t dims = rows.dims();
+  int64_t sizes[kMostDims], strides[kMostDims], stride = 1;
+  if (dims < 1 || dims > kMostDims) refuse("rows", "of 1 to 8 dimensions", std::to_string(dims));
+  for (int64_t i = dims - 1; i >= 0; i--) {
+    sizes[i] = i == dims - 1 ? last : rows.size(i);
+    strides[i] = stride, stride *= sizes[i];
+  }
+  AtenTensorHandle made;
+  check(aoti_torch_empty_strided(dims, sizes, strides, rows.type(), kCpu, 0, &made));
+  return made;
+}
+
+// Rows that a weight of whole vectors of 16 can be applied to; returns how many.
+int64_t count_rows(const Tensor& rows, const Tensor& weight, int64_t size) {
+  if (size < 16 || size % 16) refuse("weight", "of rows whose size is a multiple of 16", std::to_string(size));
+  rows.float_dtype(), weight.same_dtype(rows);
+  rows.contiguous(), weight.contiguous();
+  if (rows.dims() < 1 || rows.size(rows.dims() - 1) != size) refuse("rows", "as long as the weight's", rows.shape());
+  return rows.count() / size;
+}
+
+void linear(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor rows(stack[0], "rows"), weight(stack[1], "weight"), bias(stack[2], "bias");
+  LinearArgs args{};
+  args.in_features = weight.shaped({-1, -1}).size(1), args.out_features = weight.size(0);
+  args.rows = count_rows(rows, weight, args.in_features);
+  if (!bias.empty()) {
+    bias.shaped({args.out_features}).same_dtype(rows), bias.contiguous();
+    args.bias = bias.data<void>();
+  }
+  Tensor out(new_rows(rows, args.out_features), "out");
+  args.input = rows.data<void>(), args.weight = weight.data<void>(), args.out = out.data<void>();
+  args.dtype = rows.dtype();
+  kernels(args.in_features).linear(args);
+  stack[0] = out.release();
+}
+
+void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor rows(stack[0], "rows"), weight(stack[1], "weight");
+  NormArgs args{};
+  args.size = weight.shaped({-1}).size(0);
+  args.rows = count_rows(rows, weight, args.size);
+  Tensor out(new_rows(rows, args.size), "out");
+  args.input = rows.data<void>(), args.weight = weight.data<void>(), args.out = out.data<void>();
+  args.dtype = rows.dtype();
+  args.epsilon = (float)value_of<double>(stack[2]);
+  kernels(args.size).rms_norm(args);
+  stack[0] = out.release();
+}
+
+void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor keys(stack[0], "rows"), center(stack[1], "center"), out(stack[2], "integers"), scales(stack[3], "scales");
+  QuantizeArgs args{};
+  args.keys = keys.rows();
+  args.heads = keys.size(1), args.size = keys.size(2);
+  keys.float_dtype();
+  check_heads(args.heads, args.heads, args.size, 0);
+  if (!center.empty()) args.center = center.shaped({args.heads, args.size}).data<float>();
+  args.out = out.shaped({args.keys.count, args.heads, args.size}).data<int8_t>();
+  args.scales = scales.shaped({args.keys.count, args.heads}).data<float>();
+  kernels(args.size).quantize_rows(args);
+}
+
 }  // namespace
 
 void parallel_ranges(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -132,7 +207,10 @@ __attribute__((visibility("default"))) int tokenselect_register() {
   if (aoti_torch_library_init_impl("tokenselect", "CPU", __FILE__, __LINE__, &library)) return 1;
   return aoti_torch_library_impl(library, "score_tokens", tokenselect::score_tokens) ||
          aoti_torch_library_impl(library, "topk_tokens", tokenselect::topk_tokens) ||
-         aoti_torch_library_impl(library, "sparse_attention", tokenselect::sparse_attention);
+         aoti_torch_library_impl(library, "sparse_attention", tokenselect::sparse_attention) ||
+         aoti_torch_library_impl(library, "linear", tokenselect::linear) ||
+         aoti_torch_library_impl(library, "rms_norm", tokenselect::rms_norm) ||
+         aoti_torch_library_impl(library, "quantize_rows", tokenselect::quantize_rows);
 }
 __attribute__((visibility("default"))) int tokenselect_use(const char* name) { return tokenselect::use_kernels(name); }
 __attribute__((visibility("default"))) const char* tokenselect_runnable() { return tokenselect::runnable_kernels(); }

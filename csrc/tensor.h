@@ -31,6 +31,8 @@ AOTITorchError aoti_torch_get_numel(AtenTensorHandle, int64_t*);
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle, int64_t**);
 AOTITorchError aoti_torch_get_strides(AtenTensorHandle, int64_t**);
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle, int32_t*);
+AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t,
+                                        AtenTensorHandle*);
 AOTITorchError aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t, TorchLibraryHandle*);
 AOTITorchError aoti_torch_library_impl(TorchLibraryHandle, const char*, void (*)(StableIValue*, uint64_t, uint64_t));
 AOTITorchError torch_parallel_for(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
@@ -53,15 +55,25 @@ class Tensor {
  public:
   explicit Tensor(StableIValue value, const char* name = "an argument")
       : handle_((AtenTensorHandle)(uintptr_t)value), name_(name) {}
+  Tensor(AtenTensorHandle made, const char* name) : handle_(made), name_(name) {}
   Tensor(const Tensor&) = delete;
-  ~Tensor() { aoti_torch_delete_tensor_object(handle_); }
+  ~Tensor() {
+    if (handle_) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  // A result: it is the caller's from now on.
+  StableIValue release() {
+    const StableIValue value = (StableIValue)(uintptr_t)handle_;
+    handle_ = nullptr;
+    return value;
+  }
 
   // Refused unless it has these sizes; -1: any.
   const Tensor& shaped(std::initializer_list<int64_t> expected) const {
     const int64_t* own = sizes();
     bool same = (int64_t)expected.size() == dims();
     for (size_t i = 0; same && i < expected.size(); i++) same = expected.begin()[i] < 0 || expected.begin()[i] == own[i];
-    if (!same) refuse(name_, "of shape " + listed(expected.begin(), expected.size()), listed(own, dims()));
+    if (!same) refuse(name_, "of shape " + listed(expected.begin(), expected.size()), shape());
     return *this;
   }
 
@@ -75,8 +87,16 @@ class Tensor {
   // Elements of one type, one after the other; `void`: of any type and at any distance.
   template <class T>
   T* data() const {
-    if constexpr (__is_same(T, float)) one_after_the_other(aoti_torch_dtype_float32(), "float32");
-    if constexpr (__is_same(T, int64_t)) one_after_the_other(aoti_torch_dtype_int64(), "int64");
+    if constexpr (!__is_same(T, void)) contiguous();
+    return strided<T>();
+  }
+
+  // Elements of one type, at any distance.
+  template <class T>
+  T* strided() const {
+    if constexpr (__is_same(T, float)) of_type(aoti_torch_dtype_float32(), "float32");
+    if constexpr (__is_same(T, int64_t)) of_type(aoti_torch_dtype_int64(), "int64");
+    if constexpr (__is_same(T, int8_t)) of_type(aoti_torch_dtype_int8(), "int8");
     void* pointer;
     check(aoti_torch_get_data_ptr(handle_, &pointer));
     return (T*)pointer;
@@ -84,6 +104,17 @@ class Tensor {
 
   int64_t size(int dim) const { return sizes()[dim]; }
   int64_t stride(int dim) const { return strides()[dim]; }
+  int32_t type() const {
+    int32_t type;
+    check(aoti_torch_get_dtype(handle_, &type));
+    return type;
+  }
+  int64_t dims() const {
+    int64_t dims;
+    check(aoti_torch_get_dim(handle_, &dims));
+    return dims;
+  }
+  std::string shape() const { return listed(sizes(), dims()); }
   bool empty() const { return count() == 0; }
   int64_t count() const {
     int64_t count;
@@ -91,7 +122,7 @@ class Tensor {
     return count;
   }
   DType dtype() const {
-    const int32_t type = type_code();
+    const int32_t type = this->type();
     if (type == aoti_torch_dtype_float32()) return DType::f32;
     if (type == aoti_torch_dtype_bfloat16()) return DType::bf16;
     if (type == aoti_torch_dtype_float16()) return DType::f16;
@@ -103,7 +134,7 @@ class Tensor {
     return dtype();
   }
   void same_dtype(const Tensor& other) const {
-    if (type_code() != other.type_code()) refuse(name_, other.type_name() + " like " + other.name_, type_name());
+    if (type() != other.type()) refuse(name_, other.type_name() + " like " + other.name_, type_name());
   }
   void contiguous() const {
     int64_t expected = 1;
@@ -113,12 +144,11 @@ class Tensor {
   }
 
  private:
-  void one_after_the_other(int32_t type, const char* expected) const {
-    if (type_code() != type) refuse(name_, expected, type_name());
-    contiguous();
+  void of_type(int32_t type, const char* expected) const {
+    if (this->type() != type) refuse(name_, expected, type_name());
   }
   std::string type_name() const {
-    const int32_t type = type_code();
+    const int32_t type = this->type();
     if (type == aoti_torch_dtype_float32()) return "float32";
     if (type == aoti_torch_dtype_bfloat16()) return "bfloat16";
     if (type == aoti_torch_dtype_float16()) return "float16";
@@ -126,16 +156,6 @@ class Tensor {
     if (type == aoti_torch_dtype_int32()) return "int32";
     if (type == aoti_torch_dtype_int64()) return "int64";
     return type == aoti_torch_dtype_float64() ? "float64" : "another dtype";
-  }
-  int32_t type_code() const {
-    int32_t type;
-    check(aoti_torch_get_dtype(handle_, &type));
-    return type;
-  }
-  int64_t dims() const {
-    int64_t dims;
-    check(aoti_torch_get_dim(handle_, &dims));
-    return dims;
   }
   const int64_t* sizes() const {
     int64_t* sizes;

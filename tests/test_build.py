@@ -138,6 +138,7 @@ OLDER = {
     "aoti_torch_dtype_int32",
     "aoti_torch_dtype_int64",
     "aoti_torch_dtype_int8",
+    "aoti_torch_empty_strided",
     "aoti_torch_get_data_ptr",
     "aoti_torch_get_dim",
     "aoti_torch_get_dtype",

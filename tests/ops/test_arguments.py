@@ -117,6 +117,15 @@ SCORING: list[tuple[str, dict[str, Any]]] = [
     ("context must be between 0 and 110, got 111", {"pages": PageTable(torch.tensor([[0], [0]]), 111, [0, 59])}),
     ("distances must be one or two views, got 3", {"distances": lambda x: [*x, x[0]]}),
     ("distances must be one or two views, got 0", {"distances": ()}),
+    ("key_center must be absent unless keys are int8, got some", {"key_center": torch.ones(2, 2, 16)}),
+    (
+        "key_center must be of shape [2, 2, 16], got [2, 16]",
+        {
+            "keys": lambda x: x.nan_to_num().to(torch.int8),
+            "key_scales": torch.ones(111, 2),
+            "key_center": torch.ones(2, 16),
+        },
+    ),
     ("run_size must be between 1 and", {"distances": lambda x: [replace(x[0], run_size=0), x[1]]}),
     ("cos must be of shape [*, 8], got [31, 4]", {"distances": lambda x: [x[0], replace(x[1], cos=x[1].cos[:, :4])]}),
     ("sin must be of shape", {"distances": lambda x: [replace(x[0], sin=x[0].sin[:2]), x[1]]}),
@@ -163,6 +172,38 @@ def test_wrong_arguments_of_scoring_are_named(sentence: str, changes: dict[str, 
 def test_wrong_arguments_of_topk_are_named(sentence: str, votes: Tensor, start_loc: list[int], k: int) -> None:
     with pytest.raises(ValueError, match="must be") as error:
         cpu.topk_tokens(votes, torch.tensor(start_loc), k)
+    assert str(error.value) == sentence
+
+
+ROWS = torch.rand(3, 32)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "call"),
+    [
+        ("rows must be as long as the weight's, got [3, 32]", lambda: cpu.linear(ROWS, torch.rand(5, 16))),
+        ("weight must be float32 like rows, got float16", lambda: cpu.linear(ROWS, torch.rand(5, 32).half())),
+        ("weight must be of rows whose size is a multiple of 16, got 8", lambda: cpu.linear(ROWS, torch.rand(5, 8))),
+        ("weight must be contiguous, got strides [1, 5]", lambda: cpu.linear(ROWS, torch.rand(32, 5).T)),
+        ("bias must be of shape [5], got [4]", lambda: cpu.linear(ROWS, torch.rand(5, 32), torch.rand(4))),
+        (
+            "bias must be float32 like rows, got bfloat16",
+            lambda: cpu.linear(ROWS, torch.rand(5, 32), ROWS[0, :5].bfloat16()),
+        ),
+        ("weight must be of shape [*], got [1, 32]", lambda: cpu.rms_norm(ROWS, torch.rand(1, 32), 1e-5)),
+        ("rows must be as long as the weight's, got [3, 32]", lambda: cpu.rms_norm(ROWS, torch.rand(16), 1e-5)),
+        ("rows must be of shape [*, *, *], got [1, 3]", lambda: cpu.quantize_rows(torch.rand(1, 3))),
+        ("head_dim must be a multiple of 16 up to 256, got 8", lambda: cpu.quantize_rows(torch.rand(1, 3, 8))),
+        ("center must be of shape [3, 16], got [16]", lambda: cpu.quantize_rows(torch.rand(1, 3, 16), torch.rand(16))),
+        (
+            "center must be float32, got float16",
+            lambda: cpu.quantize_rows(torch.rand(1, 3, 16), torch.rand(3, 16).half()),
+        ),
+    ],
+)
+def test_wrong_arguments_of_the_other_operations_are_named(sentence: str, call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match="must be") as error:
+        call()
     assert str(error.value) == sentence
 
 
