@@ -95,7 +95,7 @@ TS_INLINE vf vexp2(vf x) {
   p = p * r + 2.4022107e-1f;
   p = p * r + 6.9312934e-1f;
   p = p * r + 1.0f;
-  return (vf)((vi)p + ((vi)n << 23));
+  return (vf)((vu)p + ((vu)n << 23));  // unsigned: lanes past a row's end hold anything, and their sums may wrap
 }
 
 TS_INLINE float bf16_to_float(uint16_t x) {
