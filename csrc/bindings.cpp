@@ -212,6 +212,19 @@ void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = (StableIValue)(uintptr_t)out;
 }
 
+void pool_queries(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor queries(stack[0]), starts(stack[1]), counts(stack[2]), cos(stack[3]), sin(stack[4]);
+  const Tensor out(stack[6]);
+  PoolArgs args{};
+  args.queries = queries.data<void>(), args.dtype = queries.dtype();
+  args.num_blocks = starts.size(0), args.num_q_heads = queries.size(1), args.head_dim = queries.size(2);
+  args.starts = starts.data<int64_t>(), args.counts = counts.data<int64_t>();
+  args.cos = cos.data<float>(), args.sin = sin.data<float>(), args.half = cos.size(1);
+  args.interleaved = value_of<bool>(stack[5]);
+  args.out = out.data<float>();
+  kernels(args.head_dim).pool_queries(args);
+}
+
 void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor keys(stack[0]), center(stack[1]), out(stack[2]), scales(stack[3]);
   kernels(keys.size(2)).quantize_rows({keys.rows(), keys.size(1), keys.size(2),
@@ -247,7 +260,8 @@ __attribute__((visibility("default"))) int tokenselect_register() {
          aoti_torch_library_impl(library, "sparse_attention", tokenselect::sparse_attention) ||
          aoti_torch_library_impl(library, "linear", tokenselect::linear) ||
          aoti_torch_library_impl(library, "rms_norm", tokenselect::rms_norm) ||
-         aoti_torch_library_impl(library, "quantize_rows", tokenselect::quantize_rows);
+         aoti_torch_library_impl(library, "quantize_rows", tokenselect::quantize_rows) ||
+         aoti_torch_library_impl(library, "pool_queries", tokenselect::pool_queries);
 }
 __attribute__((visibility("default"))) int tokenselect_use(const char* name) { return tokenselect::use_kernels(name); }
 __attribute__((visibility("default"))) const char* tokenselect_runnable() { return tokenselect::runnable_kernels(); }

@@ -140,3 +140,12 @@ def test_a_centered_copy_finds_the_exact_choice() -> None:
     centered = chosen(*reference.quantize_rows(keys, center), center[None])
     assert len(centered & exact) / 512 > 0.98
     assert len(centered & exact) > len(plain & exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=shapes)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("half", [8, 5])
+def test_pool_queries(half: int, interleaved: bool, dtype: torch.dtype) -> None:
+    queries, starts, counts = torch.randn(40, 6, 16).to(dtype), torch.tensor([0, 7, 8, 39]), torch.tensor([7, 1, 31, 1])
+    given = (queries, starts, counts, *angles(31, half), interleaved)
+    torch.testing.assert_close(cpu.pool_queries(*given), reference.pool_queries(*given), atol=1e-6, rtol=1e-5)

@@ -1,8 +1,9 @@
-"""Decode steps without the host's Python: a layer is traced once and then run as straight calls of its operations.
+"""Layers without the host's Python: traced once for a shape and then run as straight calls of their operations.
 
 Between two attentions of a decode step the host spends hundreds of small Python calls, which at short contexts take
-longer than the arithmetic. What a layer does with one new token does not depend on the token, so its operations are
-recorded once. A layer that cannot be recorded (its work depends on values) runs as it is.
+longer than the arithmetic. What a layer does with so many tokens does not depend on which they are, so its operations
+are recorded once, without rotations by nothing and with norms as one operation; chunks of a long prompt gain from that
+too. A layer that cannot be recorded (its work depends on values) runs as it is.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class CannotTrace(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A decoder layer for one new token per sequence.
+    """A decoder layer for hidden states of one shape.
 
     Attributes:
         run: called with the hidden states, the cache's layer and `inputs`.
@@ -73,7 +74,7 @@ class Steps:
     def find(
         self, index: int, layer: nn.Module, forward: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]
     ) -> Callable[[Tensor, Any], Any] | None:
-        """What runs layer `index` on `hidden` [B, 1, hidden_size]; None: the layer must run itself."""
+        """What runs layer `index` on `hidden` [B, T, hidden_size]; None: the layer must run itself."""
         flags = tuple((name, value) for name, value in kwargs.items() if isinstance(value, bool | int | float | str))
         key = (index, hidden.shape, flags)
         if key not in self._bound:
@@ -101,7 +102,7 @@ class Steps:
                 self._traced[kind] = None  # and stays so if it fails
                 self._traced[kind] = _trace_layer(index, layer, forward, hidden, kwargs, self.identity, self.ops)
         except Exception as error:  # host code may fail in any way when it is traced
-            _log.info("layer %d runs its own Python in decode steps: %s", index, error)
+            _log.info("layer %d runs its own Python: %s", index, error)
             return None
         program = self._traced[kind]
         return program and program.bind(layer)
