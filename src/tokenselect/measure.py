@@ -117,6 +117,8 @@ def read_and_write(
 
 
 def warm_up(loaded: LoadedModel, ids: Tensor, method: str, config: TokenSelectConfig) -> None:
-    """Let a method do once, unmeasured, what it does on its first run only; the prompt is cut short where it can be."""
-    shortest = max(config.num_dense_tokens, config.budget) + config.block_size  # so that something is selected
-    read_and_write(loaded, ids[:, :shortest], method, config, 2)
+    """Let a method do once, unmeasured, what it does on its first run only; a long prompt is cut short."""
+    enough = 2 * config.block_size
+    if method != "dense":  # so long that something is selected
+        enough += max(config.num_dense_tokens, config.budget)
+    read_and_write(loaded, ids[:, :enough], method, config, 2)
