@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenselect.ops import Backend
+from tokenselect.ops.paging import PageTable
+from tokenselect.ops.reference import Distances
 
 _ROWS_AT_ONCE = 1 << 16
 
@@ -52,9 +54,21 @@ class Int8Scoring:
         self._ops = ops
         self._copy, self._scales = int8_copy(keys)
 
-    def score_tokens(self, queries: Tensor, keys: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    def score_tokens(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        pages: PageTable,
+        sequences: Tensor,
+        candidates: Tensor,
+        distances: Sequence[Distances],
+        scale: float,
+        context: Tensor | None = None,
+        key_scales: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """See `ops.reference.score_tokens`; `keys` are what the copy was made of."""
-        return self._ops.score_tokens(queries, self._copy, *args, key_scales=self._scales)
+        given = (pages, sequences, candidates, distances, scale, context, self._scales)
+        return self._ops.score_tokens(queries, self._copy, *given)
 
 
 def int8_copy(keys: Tensor) -> tuple[Tensor, Tensor]:
