@@ -100,7 +100,7 @@ class Layer:
     def _selecting(self, config: TokenSelectConfig, ops: Any) -> Call:
         timed, table, end = TimedOps(ops), self.shape.rotary_table(config.budget), self.length + _BLOCK
         # Made once per forward pass and shared by all layers, so it is no part of what is measured.
-        plan = plan_pass(config, timed, table, self.shape.max_distance, [0], self.length, _BLOCK, end, end)  # type: ignore[arg-type]
+        plan = plan_pass(config, timed, table, self.shape.max_distance, [0], self.length, _BLOCK, end, end)
 
         def call() -> dict[str, float]:
             timed.seconds.clear()

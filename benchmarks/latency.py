@@ -22,7 +22,7 @@ from tokenselect.measure import Run, alternate, quantiles
 from tokenselect.models import LoadedModel
 
 NAME = "latency"
-KEY = ("method", "length", "phase", "threads", "device")
+KEY = ("method", "length", "threads", "device")  # its phases are replaced together
 _SHORT = 16_384  # up to there, whatever is slow is quick enough
 
 
@@ -55,7 +55,8 @@ def measure_latency(
 def prompt(loaded: LoadedModel, length: int) -> Tensor:
     """[1, length] tokens of State of the Union addresses."""
     text = token_window(loaded.tokenizer, state_of_the_union(), length + 64, 3_000_000)
-    return loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :length]
+    ids: Tensor = loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids
+    return ids[:, :length]
 
 
 Phases = dict[str, list[float]]  # seconds of "prefill" (all of it), "block" (512 tokens) and "decode" (a token)

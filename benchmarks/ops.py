@@ -49,7 +49,7 @@ def main(
     layout: Annotated[list[str], typer.Option(help="of score_tokens")] = list(score.LAYOUTS),  # noqa: B006
     queries: Annotated[list[int], typer.Option(help="of sparse_attention")] = list(attention.QUERIES),  # noqa: B006
     method: Annotated[list[str] | None, typer.Option(help="only these backends and baselines")] = None,
-    repeats: Annotated[int, typer.Option(help="most runs of each")] = 50,
+    repeats: Annotated[int, typer.Option(help="most runs of each, after a warm-up")] = 50,
     seconds: Annotated[float, typer.Option(help="a case is not repeated by who has taken so long")] = 1.0,
     resume: Annotated[bool, typer.Option(help="leave out what this commit has measured already")] = False,
 ) -> None:
@@ -119,12 +119,11 @@ def measure(case: Case, calls: dict[str, Call], repeats: int, seconds: float) ->
         # From the next variant on: it is then what was read the longest ago.
         return reader.read(next(turns) % case.num_variants / case.num_variants)
 
-    for call in calls.values():
-        call(0)
-    times = alternate({name: partial(timed, call) for name, call in calls.items()} | {"": stream}, repeats, seconds)
+    times = alternate({name: partial(timed, call) for name, call in calls.items()} | {"": stream}, repeats + 1, seconds)
     bandwidth = reader.num_bytes / quantiles(times.pop("")).p50
     own = {"stream_gb_per_s": round(bandwidth / 1e9, 2), "stream_reader": reader.name}
-    return [_row(case, name, taken, bandwidth) | own for name, taken in times.items()]
+    # The first run of each is a warm-up, unless it took so long that there was no other one.
+    return [_row(case, name, taken[1:] or taken, bandwidth) | own for name, taken in times.items()]
 
 
 def _row(case: Case, method: str, taken: list[float], bandwidth: float) -> dict[str, Any]:

@@ -95,11 +95,21 @@ def _operations() -> str:
             parts.append(title + table(head, rows))
     for name, title in _OPERATIONS.items():
         if rows := list(_versus_rows(cases, name)):
-            head = ["queries, shape", "tokens", "ours, ms", "of a stream read", "reference, ms", "torch, ms", "gain"]
+            head = [
+                "queries, shape",
+                "tokens",
+                "ours, ms",
+                "of a stream read",
+                "Gflop/s",
+                "reference, ms",
+                "torch, ms",
+                "gain",
+            ]
             parts.append(f"{title}\n\n" + table(head, rows))
     return "\n".join(parts)
 
 
+_VERSUS = ("queries, shape", "tokens", "ours, ms", "of a stream read", "Gflop/s", "reference, ms", "torch, ms", "gain")
 _OPERATIONS = {
     "topk_tokens": "`topk_tokens`, k = 2,048; torch: `torch.topk` and a sort",
     "sparse_attention": "`sparse_attention` over 2,688 tokens (a block: and its own); torch: gather, rotate, SDPA",
@@ -123,7 +133,8 @@ def _versus_rows(cases: dict[Operation, dict[str, Row]], name: str) -> Iterator[
             gain = f"{_p50(torch_row) / _p50(ours):.2f}x" if ours and torch_row else ""
             share = f"{float(ours['share_of_stream']):.0%}" if ours else ""
             label = ", ".join(filter(None, (case.queries, case.shape)))
-            yield [label, f"{case.length:,}", _ms(ours), share, _ms(rows.get("reference")), _ms(torch_row), gain]
+            flops = ours["gflop_per_s"] if ours else ""
+            yield [label, f"{case.length:,}", _ms(ours), share, flops, _ms(rows.get("reference")), _ms(torch_row), gain]
 
 
 def _p50(row: Row) -> float:

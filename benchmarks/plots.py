@@ -10,8 +10,10 @@ and the grey of axes and text, are read on white and on black.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -34,7 +36,7 @@ _SHAPES = {
     "qwen2-7b": ("Qwen2-7B, 28/4 heads of 128", "#D55E00", "s"),
     "llama-3-8b": ("Llama-3-8B, 32/8 heads of 128", "#009E73", "^"),
 }
-_SETTINGS = {
+_SETTINGS: Any = {
     "font.size": 9,
     "svg.hashsalt": "tokenselect",  # the same file from the same numbers
     "axes.spines.top": False,
@@ -109,7 +111,7 @@ def _band(times: Iterable[results_of.Time], scale: float) -> tuple[list[float], 
 def _axes(axes: Axes, title: str, below: str) -> None:
     axes.set(xscale="log", yscale="log", xlabel=below)
     axes.set_title(title, loc="left", fontsize=9)
-    axes.set_xticks(sorted({int(x) for line in axes.lines for x in line.get_xdata()}))  # type: ignore[union-attr]
+    axes.set_xticks(sorted({int(x) for line in axes.lines for x in np.asarray(line.get_xdata())}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: _tokens(int(tokens))))
     axes.xaxis.set_minor_locator(NullLocator())
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

@@ -48,24 +48,27 @@ def append_rows(name: str, rows: list[dict[str, Any]], device: torch.device = _C
 
 
 def put_rows(name: str, rows: list[dict[str, Any]], key: Sequence[str]) -> Path:
-    """Write rows to `results/<name>.csv` in place of those with the same key, so that a run can be continued.
+    """Write rows to `results/<name>.csv` in place of all that have their keys, so that a run can be continued.
 
     Args:
         name: of the file.
         rows: with the same columns, to which those of `environment` are added.
-        key: columns that tell one measurement from another.
+        key: columns that tell one measurement, of one or more rows, from another.
     """
     path = RESULTS / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {row_key(row, key): row for row in read_rows(name)}
-    for row in rows:
-        full = {**row, **environment()}
-        kept[row_key(full, key)] = {column: str(value) for column, value in full.items()}
-    columns = dict.fromkeys(column for row in kept.values() for column in row)
+    facts = environment()
+    full = [{column: str(value) for column, value in (row | facts).items()} for row in rows]
+    replaced = {row_key(row, key) for row in full}
+    old = read_rows(name)
+    place = next((i for i, row in enumerate(old) if row_key(row, key) in replaced), len(old))
+    kept = [row for row in old if row_key(row, key) not in replaced]
+    whole = [*kept[:place], *full, *kept[place:]]
+    columns = dict.fromkeys(column for row in whole for column in row)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept.values())
+        writer.writerows(whole)
     return path
 
 

@@ -100,7 +100,7 @@ def operations(threads: int = THREADS) -> dict[Operation, dict[str, Row]]:
     found: dict[Operation, dict[str, Row]] = {}
     names = ("operation", "scoring", "keys", "layout", "queries", "shape")
     for row in rows_of("ops", threads):
-        case = Operation(*(row[name] for name in names), length=int(row["length"]))
+        case = Operation(**{name: row[name] for name in names}, length=int(row["length"]))
         found.setdefault(case, {})[row["method"]] = row
     return dict(sorted(found.items(), key=lambda item: (item[0].queries, *_by_shape(item[0].shape, item[0].length))))
 

@@ -46,6 +46,14 @@ def test_a_row_replaces_the_one_with_its_key() -> None:
     assert rows[0]["torch"] == torch.__version__
 
 
+def test_all_rows_of_a_key_are_replaced() -> None:
+    report.put_rows(
+        "x", [{"length": 1, "phase": "block"}, {"length": 1, "phase": "decode"}, {"length": 2}], ("length",)
+    )
+    report.put_rows("x", [{"length": 1, "phase": "prefill"}], ("length",))
+    assert [(row["length"], row["phase"]) for row in report.read_rows("x")] == [("1", "prefill"), ("2", "")]
+
+
 def test_rows_of_another_commit_are_measured_again(results: Path) -> None:
     report.put_rows("x", [{"length": 1}], ("length",))
     path = results / "x.csv"
