@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -27,12 +27,12 @@ from benchmarks.operations.case import relative_error
 from benchmarks.ops import Choice, refuse_wrong_results
 from benchmarks.report import put_rows
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.timed_ops import Int8Scoring, TimedOps
+from benchmarks.timed_ops import TimedOps
 from tokenselect.cache import Owner, RawKeyLayer
 from tokenselect.config import TokenSelectConfig
-from tokenselect.integrations.passes import Extras, plan_pass
+from tokenselect.integrations.passes import plan_pass
 from tokenselect.measure import alternate, quantiles
-from tokenselect.ops import cpu, find_backend
+from tokenselect.ops import Backend, cpu, find_backend
 
 NAME = "block_attention"
 KEY = ("shape", "length", "method", "scoring", "keys", "k", "threads", "device")
@@ -41,7 +41,7 @@ _BLOCK = 512
 _TOKENS_AT_ONCE = 65536
 _CHECKED_LENGTH = 5120
 _TOLERANCE = 3e-2  # of dense attention in bf16 against float32
-_PARTS = ("score", "topk", "attend")
+_PARTS = {"copy": "quantize_rows", "score": "score_tokens", "topk": "topk_tokens", "attend": "sparse_attention"}
 
 Call = Callable[[], dict[str, float]]  # seconds: "all", and of each operation
 
@@ -86,10 +86,9 @@ class Layer:
 
     def calls(self, configs: list[TokenSelectConfig], keys: list[str]) -> dict[str, Call]:
         """Everybody, warmed up; names are "method, scoring, keys"."""
-        ops: Any = find_backend("auto", torch.device("cpu"), torch.bfloat16, self.shape.head_dim)
-        scored = {kind: ops if kind == "bf16" else Int8Scoring(ops, self.cache.rows()[0]) for kind in keys}
+        ops = find_backend("auto", torch.device("cpu"), torch.bfloat16, self.shape.head_dim)
         calls = {
-            f"tokenselect, {config.scoring}, {kind}": self._selecting(config, scored[kind])
+            f"tokenselect, {config.scoring}, {kind}": self._selecting(config, ops, kind)
             for config in configs
             for kind in keys
         }
@@ -97,17 +96,28 @@ class Layer:
             call()
         return calls | {f"dense {name}, , ": partial(_timed, call) for name, call in self.dense().items()}
 
-    def _selecting(self, config: TokenSelectConfig, ops: Any) -> Call:
-        timed, table, end = TimedOps(ops), self.shape.rotary_table(config.budget), self.length + _BLOCK
+    def _selecting(self, config: TokenSelectConfig, ops: Backend, keys: str) -> Call:
+        timed, end = TimedOps(ops), self.length + _BLOCK
+        table, distance = self.shape.rotary_table(config.budget), self.shape.max_distance
         # Made once per forward pass and shared by all layers, so it is no part of what is measured.
-        plan = plan_pass(config, timed, table, self.shape.max_distance, [0], self.length, _BLOCK, end, end)
+        plan = plan_pass(config, cast("Backend", timed), table, distance, [0], self.length, _BLOCK, end, end)
 
         def call() -> dict[str, float]:
+            self.cache.owner.quantize = timed.quantize_rows if keys == "int8" else None
+            self._append_again()
             timed.seconds.clear()
-            whole = _timed(lambda: plan.attend(self.cache, self.query, self.shape.scale, Extras()))
+            whole = _timed(lambda: plan.attend(self.cache, self.query, self.shape.scale, None, None))
             return whole | timed.seconds
 
         return call
+
+    def _append_again(self) -> None:
+        """The block's own tokens are new once more: their int8 copy, if there is one, is part of what is measured."""
+        assert self.cache.keys is not None
+        assert self.cache.values is not None
+        own = [part[:, :, self.length :].clone() for part in (self.cache.keys, self.cache.values)]
+        self.cache.crop(-_BLOCK)
+        self.cache.update(*own)
 
     def dense(self) -> dict[str, Callable[[], Tensor]]:
         """The dense kernels, [Hq, C, D].
@@ -157,8 +167,8 @@ def _row(shape: str, length: int, config: TokenSelectConfig, key: str, runs: lis
     row |= {
         f"{name}_ms": round(value * 1e3, 3) for name, value in quantiles([run["all"] for run in runs])._asdict().items()
     }
-    for part in _PARTS:
-        row[f"{part}_ms"] = round(quantiles([run[part] for run in runs]).p50 * 1e3, 3) if ours else ""
+    for part, operation in _PARTS.items():
+        row[f"{part}_ms"] = round(quantiles([run.get(operation, 0.0) for run in runs]).p50 * 1e3, 3) if ours else ""
     return row
 
 

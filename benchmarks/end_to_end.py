@@ -57,7 +57,7 @@ def prefill(
     decode: Annotated[int, typer.Option(help="tokens decoded after it")] = 16,
 ) -> None:
     """Tokens read and written per second at a length beyond the window."""
-    loaded, ids = _load(length)
+    loaded, ids = load_text(length)
     times: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
     for i in range(repeats):
         for method in METHODS:
@@ -79,7 +79,7 @@ def within_budget(
 ) -> None:
     """What it costs where nothing needs to be selected: our time over the plain model's."""
     for length in lengths:
-        loaded, ids = _load(length)
+        loaded, ids = load_text(length)
         rounds = []
         for i in range(repeats):
             order = ("dense", "tokenselect") if i % 2 else ("tokenselect", "dense")
@@ -98,7 +98,7 @@ def within_budget(
 @app.command()
 def memory(length: Annotated[int, typer.Option(help="tokens of the prompt")] = 32_000) -> None:
     """Peak resident memory of a prefill beyond weights and KV."""
-    loaded, ids = _load(length)
+    loaded, ids = load_text(length)
     with TokenSelect(loaded.model), torch.no_grad():
         loaded.model(ids[:, :600], logits_to_keep=1)  # what is made once
         before = settled_memory()
@@ -110,7 +110,8 @@ def memory(length: Annotated[int, typer.Option(help="tokens of the prompt")] = 3
     _report("memory", row | {"peak_beyond_weights_and_kv_mb": round((used - cache) / 1e6)})
 
 
-def _load(length: int) -> tuple[LoadedModel, torch.Tensor]:
+def load_text(length: int) -> tuple[LoadedModel, torch.Tensor]:
+    """The embedded model, and [1, length] tokens of real text."""
     loaded = load_model()
     return loaded, prompt(loaded, length)
 

@@ -180,10 +180,19 @@ def _parts() -> str:
     rows = [row for row in rows if row["scoring"] == "mix"]
     cells = [
         [row["shape"], f"{int(row['length']):,}", row["keys"]]
-        + [_number(float(row[f"{name}_ms"])) for name in ("score", "topk", "attend", "p50")]
+        + [_number(float(row[f"{name}_ms"])) for name in ("copy", "score", "topk", "attend", "p50")]
         for row in rows
     ]
-    head = ("shape", "tokens before", "keys scored", "scoring, ms", "top-k, ms", "attention, ms", "all, ms")
+    head = (
+        "shape",
+        "tokens before",
+        "keys scored",
+        "int8 copy, ms",
+        "scoring, ms",
+        "top-k, ms",
+        "attention, ms",
+        "all, ms",
+    )
     return "Where the time goes (mix):\n\n" + table(head, cells) + "\nAgainst dense attention:\n\n"
 
 

@@ -21,10 +21,13 @@ int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_int8();
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle);
 AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle, void**);
+AOTITorchError aoti_torch_get_dim(AtenTensorHandle, int64_t*);
 AOTITorchError aoti_torch_get_numel(AtenTensorHandle, int64_t*);
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle, int64_t**);
 AOTITorchError aoti_torch_get_strides(AtenTensorHandle, int64_t**);
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle, int32_t*);
+AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t,
+                                        AtenTensorHandle*);
 AOTITorchError aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t, TorchLibraryHandle*);
 AOTITorchError aoti_torch_library_impl(TorchLibraryHandle, const char*, void (*)(StableIValue*, uint64_t, uint64_t));
 AOTITorchError torch_parallel_for(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
@@ -33,6 +36,9 @@ AOTITorchError torch_get_num_threads(uint32_t*);
 
 namespace tokenselect {
 namespace {
+
+constexpr int32_t kCpu = 0;  // PyTorch's number of that kind of device
+constexpr int64_t kMostDims = 8;
 
 void check(AOTITorchError error) {
   if (error) throw std::runtime_error("tokenselect: a call into PyTorch failed");
@@ -61,14 +67,24 @@ class Tensor {
     check(aoti_torch_get_strides(handle_, &strides));
     return strides[dim];
   }
-  bool empty() const {
+  int64_t dims() const {
+    int64_t dims;
+    check(aoti_torch_get_dim(handle_, &dims));
+    return dims;
+  }
+  int64_t count() const {
     int64_t count;
     check(aoti_torch_get_numel(handle_, &count));
-    return count == 0;
+    return count;
   }
-  DType dtype() const {
+  bool empty() const { return count() == 0; }
+  int32_t type() const {
     int32_t type;
     check(aoti_torch_get_dtype(handle_, &type));
+    return type;
+  }
+  DType dtype() const {
+    const int32_t type = this->type();
     if (type == aoti_torch_dtype_float32()) return DType::f32;
     if (type == aoti_torch_dtype_bfloat16()) return DType::bf16;
     if (type == aoti_torch_dtype_float16()) return DType::f16;
@@ -98,13 +114,15 @@ void score_tokens(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t run_size1 = value_of<int64_t>(stack[16]);
   const bool interleaved = value_of<bool>(stack[17]);
   const double scale = value_of<double>(stack[18]);
-  const Tensor start_loc(stack[19]), votes(stack[20]);
+  const Tensor start_loc(stack[19]), key_center(stack[20]), votes(stack[21]);
   ScoreArgs args{};
   args.queries = queries.data<float>();
   args.num_blocks = queries.size(0), args.num_q_heads = queries.size(1), args.head_dim = queries.size(2);
   args.num_kv_heads = keys.size(1);
   args.keys = keys.rows();
-  args.key_scales = key_scales.empty() ? nullptr : key_scales.data<float>();
+  if (!key_scales.empty()) args.key_scales = {key_scales.data<void>(), key_scales.size(0), key_scales.stride(0),
+                                              key_scales.stride(1), DType::f32};
+  args.key_center = key_center.empty() ? nullptr : key_center.data<float>();
   args.pages = {pages.data<int64_t>(), pages.size(1), page_size, padding.data<int64_t>()};
   args.sequences = sequences.data<int64_t>();
   args.candidates = candidates.data<int64_t>();
@@ -152,6 +170,55 @@ void sparse_attention(StableIValue* stack, uint64_t, uint64_t) {
   kernels(args.head_dim).sparse_attention(args);
 }
 
+// Like `rows`, with `last` numbers in the last dimension; the caller owns it.
+AtenTensorHandle new_rows(const Tensor& rows, int64_t last) {
+  const int64_t dims = rows.dims();
+  int64_t sizes[kMostDims], strides[kMostDims], stride = 1;
+  if (dims > kMostDims) throw std::runtime_error("tokenselect: too many dimensions");
+  for (int64_t i = dims - 1; i >= 0; i--) {
+    sizes[i] = i == dims - 1 ? last : rows.size(i);
+    strides[i] = stride, stride *= sizes[i];
+  }
+  AtenTensorHandle made;
+  check(aoti_torch_empty_strided(dims, sizes, strides, rows.type(), kCpu, 0, &made));
+  return made;
+}
+
+void linear(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor rows(stack[0]), weight(stack[1]), bias(stack[2]);
+  LinearArgs args{};
+  args.in_features = weight.size(1), args.out_features = weight.size(0);
+  const AtenTensorHandle out = new_rows(rows, args.out_features);
+  check(aoti_torch_get_data_ptr(out, &args.out));
+  args.input = rows.data<void>(), args.weight = weight.data<void>();
+  args.bias = bias.empty() ? nullptr : bias.data<void>();
+  args.dtype = rows.dtype();
+  args.rows = rows.count() / args.in_features;
+  kernels(args.in_features).linear(args);
+  stack[0] = (StableIValue)(uintptr_t)out;
+}
+
+void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor rows(stack[0]), weight(stack[1]);
+  NormArgs args{};
+  args.size = weight.size(0);
+  const AtenTensorHandle out = new_rows(rows, args.size);
+  check(aoti_torch_get_data_ptr(out, &args.out));
+  args.input = rows.data<void>(), args.weight = weight.data<void>();
+  args.dtype = rows.dtype();
+  args.rows = rows.count() / args.size;
+  args.epsilon = (float)value_of<double>(stack[2]);
+  kernels(args.size).rms_norm(args);
+  stack[0] = (StableIValue)(uintptr_t)out;
+}
+
+void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor keys(stack[0]), center(stack[1]), out(stack[2]), scales(stack[3]);
+  kernels(keys.size(2)).quantize_rows({keys.rows(), keys.size(1), keys.size(2),
+                                       center.empty() ? nullptr : center.data<float>(), out.data<int8_t>(),
+                                       scales.data<float>()});
+}
+
 }  // namespace
 
 void parallel_ranges(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -177,7 +244,10 @@ __attribute__((visibility("default"))) int tokenselect_register() {
   if (aoti_torch_library_init_impl("tokenselect", "CPU", __FILE__, __LINE__, &library)) return 1;
   return aoti_torch_library_impl(library, "score_tokens", tokenselect::score_tokens) ||
          aoti_torch_library_impl(library, "topk_tokens", tokenselect::topk_tokens) ||
-         aoti_torch_library_impl(library, "sparse_attention", tokenselect::sparse_attention);
+         aoti_torch_library_impl(library, "sparse_attention", tokenselect::sparse_attention) ||
+         aoti_torch_library_impl(library, "linear", tokenselect::linear) ||
+         aoti_torch_library_impl(library, "rms_norm", tokenselect::rms_norm) ||
+         aoti_torch_library_impl(library, "quantize_rows", tokenselect::quantize_rows);
 }
 __attribute__((visibility("default"))) int tokenselect_use(const char* name) { return tokenselect::use_kernels(name); }
 __attribute__((visibility("default"))) const char* tokenselect_runnable() { return tokenselect::runnable_kernels(); }

@@ -13,8 +13,12 @@ namespace tokenselect {
   void score_tokens(const ScoreArgs&);             \
   void topk_tokens(const TopkArgs&);               \
   void sparse_attention(const AttentionArgs&);     \
+  void linear(const LinearArgs&);                  \
+  void rms_norm(const NormArgs&);                  \
+  void quantize_rows(const QuantizeArgs&);         \
   }                                                \
-  static const Kernels isa##_kernels{#isa, isa::score_tokens, isa::topk_tokens, isa::sparse_attention};
+  static const Kernels isa##_kernels{#isa, isa::score_tokens, isa::topk_tokens, isa::sparse_attention, \
+                                      isa::linear, isa::rms_norm, isa::quantize_rows};
 
 TS_DECLARE(portable)
 #if defined(__x86_64__)
@@ -59,11 +63,11 @@ static const Kernels* find(const char* name) {
 
 static std::atomic<const Kernels*> in_use{nullptr};
 
-const Kernels& kernels(int64_t head_dim) {
+const Kernels& kernels(int64_t row_size) {
   const Kernels* found = in_use.load(std::memory_order_relaxed);
   if (!found) in_use = found = find("auto");
 #if defined(__x86_64__)
-  if (head_dim % 32 && (found == &avx512_kernels || found == &avx512_bf16_kernels)) return avx2_kernels;
+  if (row_size % 32 && (found == &avx512_kernels || found == &avx512_bf16_kernels)) return avx2_kernels;
 #endif
   return *found;
 }

@@ -27,21 +27,23 @@ _TOLERANCE = 5e-2
 
 @dataclass(frozen=True, slots=True)
 class _Keys:
-    """Copies of a sequence's keys, [copies, T * Hkv * D], and of the scales of an int8 copy."""
+    """Buffers [copies, T * Hkv * D] of a sequence's keys, and of the scales [copies, T * Hkv] of an int8 copy."""
 
     shape: Shape
     length: int
     numbers: Tensor
     scales: Tensor | None
+    center: Tensor | None
 
     @classmethod
     def make(cls, shape: Shape, length: int, kind: str) -> _Keys:
         own = length * shape.num_kv_heads * shape.head_dim
         if kind == "bf16":
-            return cls(shape, length, random_bf16(num_copies(2 * own), own), None)
+            return cls(shape, length, random_bf16(num_copies(2 * own), own), None, None)
         copies = num_copies(own)
-        scales = torch.rand(copies, length, shape.num_kv_heads).add_(0.5).div_(127)
-        return cls(shape, length, random_int8(copies, own), scales)
+        scales = torch.rand(copies, length * shape.num_kv_heads).add_(0.5).div_(127)
+        center = torch.randn(1, shape.num_kv_heads, shape.head_dim)
+        return cls(shape, length, random_int8(copies, own), scales, center)
 
     def rows(self, copy: int, layout: str) -> Tensor:
         """[T, Hkv, D]: heads one after the other, or tokens one after the other as in vLLM's pages."""
@@ -49,6 +51,14 @@ class _Keys:
         if layout == "contiguous":
             return as_rows(numbers.view(shape.num_kv_heads, self.length, shape.head_dim))
         return numbers.view(self.length, shape.num_kv_heads, shape.head_dim)
+
+    def row_scales(self, copy: int, layout: str) -> Tensor | None:
+        """[T, Hkv], in the order of the keys; None: they are no int8 copy."""
+        if self.scales is None:
+            return None
+        if layout == "contiguous":
+            return self.scales[copy].view(self.shape.num_kv_heads, self.length).T
+        return self.scales[copy].view(self.length, self.shape.num_kv_heads)
 
     def page_table(self, layout: str) -> PageTable:
         """One page, or pages in random order."""
@@ -76,7 +86,7 @@ class Score(Case):
 
     def compute(self, ops: Backend, variant: int) -> Tensor:
         """Votes of all candidates."""
-        plan, scales = self.plan, self.keys.scales
+        plan = self.plan
         votes, _ = ops.score_tokens(
             self.queries,
             self.keys.rows(variant, self.layout),
@@ -86,7 +96,8 @@ class Score(Case):
             plan.distances,
             self.keys.shape.scale,
             None,
-            None if scales is None else scales[variant],
+            self.keys.row_scales(variant, self.layout),
+            self.keys.center,
         )
         return votes
 

@@ -143,18 +143,22 @@ def select_tokens(
     config: TokenSelectConfig,
     ops: Backend,
     scale: float,
+    key_scales: Tensor | None = None,
+    key_center: Tensor | None = None,
 ) -> list[Tensor]:
     """The positions that each block attends in this layer.
 
     Args:
         queries: [num_queries, num_q_heads, head_dim], raw.
-        keys: [num_rows, num_kv_heads, head_dim], raw; holds the blocks' own tokens already.
+        keys: [num_rows, num_kv_heads, head_dim], raw, or an int8 copy; holds the blocks' own tokens already.
         pages: where each sequence's tokens lie.
         plan: the blocks, from `plan_selection`.
         states: what this layer remembers, by sequence.
         config: the settings.
         ops: the backend.
         scale: factor of the attention logits.
+        key_scales: [num_rows, num_kv_heads] float32, those of an int8 copy.
+        key_center: [num_seqs, num_kv_heads, head_dim] float32, that of an int8 copy.
 
     Returns:
         For each block its sinks, selected tokens, local window and itself: int64 positions, ascending.
@@ -168,7 +172,7 @@ def select_tokens(
         ]
         if missed:
             part = plan if len(missed) == len(plan.blocks) else plan.take(missed)
-            chosen = dict(zip(missed, _vote(queries, keys, pages, part, config, ops, scale), strict=True))
+            chosen = dict(zip(missed, _vote(queries, keys, pages, part, config, ops, scale, key_scales, key_center), strict=True))
     attended = []
     for row, block in enumerate(plan.blocks):
         state, window = states[block.sequence], candidates_end(block, config)
@@ -192,12 +196,23 @@ def _vote(
     config: TokenSelectConfig,
     ops: Backend,
     scale: float,
+    key_scales: Tensor | None,
+    key_center: Tensor | None,
 ) -> Tensor:
     """[num_blocks, k] positions with the most votes."""
     pooled = torch.stack([_pool(queries[block.queries], plan.table) for block in plan.blocks])
     factor = scale * plan.table.attention_factor**2 if config.scale_votes else 1.0
     votes, start_loc = ops.score_tokens(
-        pooled, keys, pages, plan.sequences, plan.candidates, plan.distances, factor, plan.context
+        pooled,
+        keys,
+        pages,
+        plan.sequences,
+        plan.candidates,
+        plan.distances,
+        factor,
+        plan.context,
+        key_scales,
+        key_center,
     )
     if config.smoothing_window > 1:
         votes = _smooth(votes, start_loc, config.smoothing_window)

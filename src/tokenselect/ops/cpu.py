@@ -24,11 +24,14 @@ _SCHEMAS = (
     "score_tokens(Tensor queries, Tensor keys, Tensor key_scales, Tensor pages, Tensor padding, int page_size, "
     "Tensor sequences, Tensor candidates, Tensor context, Tensor cos0, Tensor sin0, Tensor runs0, int run_size0, "
     "Tensor cos1, Tensor sin1, Tensor runs1, int run_size1, bool interleaved, float scale, Tensor start_loc, "
-    "Tensor(a!) votes) -> ()",
+    "Tensor key_center, Tensor(a!) votes) -> ()",
     "topk_tokens(Tensor votes, Tensor start_loc, int k, Tensor(a!) indices) -> ()",
     "sparse_attention(Tensor queries, Tensor keys, Tensor values, Tensor query_start_loc, Tensor slots, "
     "Tensor slot_start_loc, Tensor cos, Tensor sin, float scale, bool interleaved, float softcap, "
     "Tensor sink_logits, Tensor(a!) out) -> ()",
+    "linear(Tensor rows, Tensor weight, Tensor bias) -> Tensor",
+    "rms_norm(Tensor rows, Tensor weight, float epsilon) -> Tensor",
+    "quantize_rows(Tensor rows, Tensor center, Tensor(a!) integers, Tensor(b!) scales) -> ()",
 )
 
 
@@ -69,7 +72,8 @@ def _load() -> ctypes.CDLL:
         function.restype = ctypes.c_char_p
     for schema in _SCHEMAS:
         _definitions.define(schema)  # type: ignore[no-untyped-call]
-        torch.library.register_fake(f"tokenselect::{schema.split('(')[0]}", _fake, lib=_definitions)
+        fake = _fake if schema.endswith("()") else _fake_rows
+        torch.library.register_fake(f"tokenselect::{schema.split('(')[0]}", fake, lib=_definitions)
     return library
 
 
@@ -77,7 +81,12 @@ _definitions = torch.library.Library("tokenselect", "DEF")  # type: ignore[no-un
 
 
 def _fake(*args: object) -> None:
-    """Every operation writes into an argument and returns nothing."""
+    """An operation that writes into an argument and returns nothing."""
+
+
+def _fake_rows(rows: Tensor, weight: Tensor, *args: object) -> Tensor:
+    """An operation that makes rows as long as the weight's first dimension."""
+    return rows.new_empty((*rows.shape[:-1], weight.shape[0]))
 
 
 def instruction_sets() -> list[str]:
@@ -112,6 +121,7 @@ def score_tokens(
     scale: float,
     context: Tensor | None = None,
     key_scales: Tensor | None = None,
+    key_center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.reference.score_tokens`."""
     first, second = distances[0], distances[-1]
@@ -121,7 +131,7 @@ def score_tokens(
     torch.ops.tokenselect.score_tokens(
         queries.contiguous(),
         _rows(keys),
-        _NO_FLOATS if key_scales is None else key_scales.contiguous(),
+        _NO_FLOATS if key_scales is None else key_scales,
         pages.pages.contiguous(),
         torch.tensor(pages.padding),
         pages.page_size,
@@ -139,6 +149,7 @@ def score_tokens(
         first.interleaved,
         scale,
         start_loc,
+        _NO_FLOATS if key_center is None else key_center.contiguous(),
         votes,
     )
     return votes, start_loc
@@ -184,6 +195,52 @@ def sparse_attention(
         _NO_FLOATS if sink_logits is None else sink_logits.float().contiguous(),
         out,
     )
+    return out
+
+
+def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `ops.reference.quantize_rows`."""
+    integers, scales = rows.new_empty(rows.shape, dtype=torch.int8), rows.new_empty(rows.shape[:2], dtype=torch.float32)
+    given = _NO_FLOATS if center is None else center.contiguous()
+    torch.ops.tokenselect.quantize_rows(_rows(rows), given, integers, scales)
+    return integers, scales
+
+
+def takes_linear(weight: Tensor) -> bool:
+    """Whether `linear` can multiply with this weight [out_features, in_features], or `rms_norm` with [size]."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in _DTYPES
+        and weight.shape[-1] % 16 == 0
+        and weight.is_contiguous()
+        and why_missing() is None
+    )
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` for a few rows, as in a decode step: the weight is read once, by all threads.
+
+    Args:
+        rows: [..., in_features], in the dtype of `weight`; 16 rows at the most are worth it.
+        weight: [out_features, in_features] that `takes_linear`.
+        bias: [out_features].
+
+    Returns:
+        [..., out_features], sums in float32, rounded once.
+    """
+    out: Tensor = torch.ops.tokenselect.linear(rows.contiguous(), weight, _NO_FLOATS if bias is None else bias)
+    return out
+
+
+def rms_norm(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Rows divided by their root mean square, times a weight; rounded before the weight and after it, as Llama does.
+
+    Args:
+        rows: [..., size] in the dtype of `weight`.
+        weight: [size] that `takes_linear`.
+        epsilon: added to the mean square.
+    """
+    out: Tensor = torch.ops.tokenselect.rms_norm(rows.contiguous(), weight, epsilon)
     return out
 
 

@@ -78,6 +78,7 @@ def score_tokens(
     scale: float,
     context: Tensor | None = None,
     key_scales: Tensor | None = None,
+    key_center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All heads of a block vote for the cached tokens that matter (the soft vote).
 
@@ -96,6 +97,7 @@ def score_tokens(
         context: [num_blocks, 2] int64, the positions that a head's softmax covers; it contains the candidates and
             is equal to them where not given.
         key_scales: [num_rows, num_kv_heads] float32, where `keys` are an int8 copy: a key is its integers times this.
+        key_center: [num_seqs, num_kv_heads, head_dim] float32, to be added to the keys of an int8 copy.
 
     Returns:
         votes: [sum of candidates] float32 >= 0; those of a block sum to at most the number of views.
@@ -110,6 +112,8 @@ def score_tokens(
         rows = pages.rows(keys, sequence, first, last).transpose(0, 1).float()  # [Hkv, T, D]
         if key_scales is not None:
             rows = rows * pages.rows(key_scales, sequence, first, last).T[:, :, None]
+        if key_center is not None:
+            rows = rows + key_center[sequence][:, None]
         outside = torch.arange(first, last, device=keys.device) >= ends[:, None]  # [N, T]
         bounds = candidates[group] - first
         total = torch.zeros(outside.shape, device=keys.device)
@@ -162,6 +166,25 @@ def _turned(queries: Tensor, view: Distances, group: slice) -> Tensor:
     counts = begin.diff()
     run = torch.arange(int(counts.max()), device=queries.device).minimum(counts[:, None] - 1) + begin[:-1, None]
     return rotate(queries[:, :, None], view.cos[run][:, None], view.sin[run][:, None], view.interleaved)
+
+
+def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The int8 copy of keys that `score_tokens` may read: half the bytes of 16-bit keys.
+
+    Channels that are large in every token would leave few bits for what differs between tokens, so keys are counted
+    from a center, such as the mean of the first ones.
+
+    Args:
+        rows: [num_rows, num_kv_heads, head_dim], any strides.
+        center: [num_kv_heads, head_dim] float32; 0 where not given.
+
+    Returns:
+        integers: [num_rows, num_kv_heads, head_dim] int8, -127 .. 127.
+        scales: [num_rows, num_kv_heads] float32 > 0; a key is about its integers times its scale, plus the center.
+    """
+    wide = rows.float() if center is None else rows.float() - center
+    scales = wide.abs().amax(-1).clamp(min=1e-30) / 127
+    return (wide / scales[..., None]).round().to(torch.int8), scales
 
 
 def topk_tokens(votes: Tensor, start_loc: Tensor, k: int) -> Tensor:
