@@ -37,14 +37,14 @@ def measure_latency(
         length: tokens of the prompt, a multiple of 512.
         repeats: most runs of each.
         seconds: who has taken so long is not repeated.
-        steps: tokens decoded after the prompt.
+        steps: tokens decoded after the first step, which is told apart.
         limit: seconds that reading the prompt may take.
     """
     ids = prompt(loaded, length)
     with ExitStack() as stack:
         calls, versions = {}, {}
         for name in methods:
-            engine = start(name, loaded, length + steps + 1)
+            engine = start(name, loaded, length + steps + 2)
             stack.callback(engine.close)
             calls[name], versions[name] = _prepare(engine, ids, steps, limit), engine.version
         for name, runs in alternate(calls, repeats, seconds).items():
@@ -59,25 +59,27 @@ def prompt(loaded: LoadedModel, length: int) -> Tensor:
     return ids[:, :length]
 
 
-Phases = dict[str, list[float]]  # seconds of "prefill" (all of it), "block" (512 tokens) and "decode" (a token)
+# Seconds of "prefill" (all of it), "block" (512 tokens), "first step" (the second token, for which a method may have to
+# prepare something) and "decode" (each token after it).
+Phases = dict[str, list[float]]
 
 
 def _prepare(engine: Engine, ids: Tensor, steps: int, limit: float) -> Callable[[], Phases]:
     """What is to be repeated, after a warm-up: the whole prompt, or its last block only."""
     engine.warm_up(ids)
     if not engine.is_quadratic or ids.shape[1] <= _SHORT:
-        return lambda: _whole(engine.read(ids, steps))
+        return lambda: _whole(engine.read(ids, steps + 1))
     depth = ids.shape[1] - BLOCK
     engine.fill(ids[:, :depth])
     last = partial(engine.read_after, depth, ids[:, depth:])
     # The blocks before it cost from nearly nothing to as much.
     if last(0).prefill_s * ids.shape[1] / BLOCK / 2 <= limit:
-        return lambda: _whole(engine.read(ids, steps))
-    return lambda: _block(last(steps))
+        return lambda: _whole(engine.read(ids, steps + 1))
+    return lambda: _block(last(steps + 1))
 
 
 def _whole(run: Run) -> Phases:
-    phases = {"prefill": [run.prefill_s], "decode": run.steps_s}
+    phases = {"prefill": [run.prefill_s], **_steps(run)}
     if len(run.progress) > 3:  # the last chunk holds the prompt's tail, which selects token by token
         (before, started), (read, ended) = run.progress[-3:-1]
         phases["block"] = [(ended - started) * BLOCK / (read - before)]
@@ -85,10 +87,14 @@ def _whole(run: Run) -> Phases:
 
 
 def _block(run: Run) -> Phases:
-    return {"block": [run.prefill_s], "decode": run.steps_s}
+    return {"block": [run.prefill_s], **_steps(run)}
 
 
-_TOKENS = {"block": BLOCK, "decode": 1}
+def _steps(run: Run) -> Phases:
+    return {"first step": run.steps_s[:1], "decode": run.steps_s[1:]}
+
+
+_TOKENS = {"block": BLOCK, "first step": 1, "decode": 1}
 
 
 def _rows(method: str, length: int, runs: list[Phases]) -> list[dict[str, Any]]:

@@ -51,9 +51,9 @@ _LATENCY = """## End to end
 
 SmolLM2-135M-Instruct (dequantised from Q4_1; llama.cpp runs the same weights as BF16, and as Q8_0 made from them),
 State of the Union addresses, default settings: up to 8,192 tokens are attended whole. llama.cpp has flash attention
-on and keys and values in float16. Tokens decoded: 32 after each prompt. Beyond 16K, where reading the prompt densely
-would take over 20 minutes, the cell under *prefill* is empty: only a block of 512 tokens at that depth was read, in a
-cache that was filled in pieces of 512 which do not see each other.
+on and keys and values in float16. Tokens decoded: 32 after each prompt and a first step. Beyond 16K, where reading
+the prompt densely would take over 20 minutes, the cell under *prefill* is empty: only a block of 512 tokens at that
+depth was read, in a cache that was filled in pieces of 512 which do not see each other.
 
 ![time to the first token and per token](../benchmarks/results/latency.png)
 """
@@ -202,6 +202,7 @@ def _latency() -> str:
         return ""
     lengths = sorted({length for _, _, length in times})
     titles = {"prefill": "Prefill, seconds to the first token", "decode": "Decode, ms per token"}
+    titles["first step"] = "The first decode step after a prompt, ms (TokenSelect records the layers' work in it)"
     titles["block"] = "A block of 512 prompt tokens at that depth, ms (ours and sinks + local: from the whole prefill)"
     parts = [_LATENCY]
     for phase, title in titles.items():

@@ -187,7 +187,8 @@ def test_a_dense_prompt_that_takes_too_long_is_read_at_its_depth_only(
     # the estimate: 64 blocks of 32.256 s at the end and nothing at the beginning, or 1,032 s
     phases = latency._prepare(engine, torch.zeros(1, 32768), 2, limit - 300)()
     assert engine.asked == asked
-    assert [*phases] == [phase, "decode"]
+    assert [*phases] == [phase, "first step", "decode"]
+    assert len(phases["decode"]) == 2
 
 
 def test_a_block_at_its_depth_is_the_chunk_before_the_last() -> None:
