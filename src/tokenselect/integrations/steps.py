@@ -95,14 +95,16 @@ class Steps:
         flags: tuple[Any, ...],
     ) -> Callable[[Tensor, Any], Any] | None:
         kind = (hidden.shape, flags, *_signature(layer))
-        if kind not in self._traced:
-            try:
+        try:
+            _refuse_hooks(layer)
+            if kind not in self._traced:
+                self._traced[kind] = None  # and stays so if it fails
                 self._traced[kind] = _trace_layer(index, layer, forward, hidden, kwargs, self.identity, self.ops)
-            except Exception as error:  # host code may fail in any way when it is traced
-                _log.info("layer %d runs its own Python in decode steps: %s", index, error)
-                self._traced[kind] = None
+        except Exception as error:  # host code may fail in any way when it is traced
+            _log.info("layer %d runs its own Python in decode steps: %s", index, error)
+            return None
         program = self._traced[kind]
-        return None if program is None else program.bind(layer)
+        return program and program.bind(layer)
 
 
 class _Recording:
@@ -145,7 +147,6 @@ def _trace_layer(
     Raises:
         CannotTrace: it uses more than its input, its own tensors and its cache.
     """
-    _refuse_hooks(layer)
     cache = {name: _Recording(index) for name in ("past_key_values", "layer_past") if kwargs.get(name) is not None}
     given = {**kwargs, **cache}
     module = make_fx(lambda x: forward(x, **given), tracing_mode="fake", _allow_non_fake_inputs=True)(hidden)

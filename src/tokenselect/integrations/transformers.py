@@ -208,7 +208,9 @@ class TokenSelect:
             return cache, ours.owner
         if cache.get_seq_length():
             raise ValueError("this cache was filled without TokenSelect: its keys are rotated; start a new one")
-        owner = Owner(quantize=self.ops.quantize_rows if self.config.score_dtype == "int8" else None)
+        owner = Owner()
+        if self.config.score_dtype == "int8":
+            owner.quantize, owner.center_tokens = self.ops.quantize_rows, self.config.center_tokens
         self._owners.add(owner)
         fresh: Any = DynamicCache(config=self.host.config).layers
         cache.layers = fresh or [None] * self.host.config.num_hidden_layers
