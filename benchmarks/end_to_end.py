@@ -17,7 +17,7 @@ import torch
 import typer
 from rich import print as show
 
-from benchmarks.engines import ENGINES
+from benchmarks.engines import BLOCK, ENGINES
 from benchmarks.latency import measure_latency, prompt
 from benchmarks.report import append_rows
 from tokenselect.config import TokenSelectConfig
@@ -42,6 +42,8 @@ def latency(
     threads: Annotated[int, typer.Option(help="torch threads; 0: what torch chooses")] = 0,
 ) -> None:
     """Time to the first token and per token, of TokenSelect, sinks + local, dense attention and llama.cpp."""
+    if wrong := [length for length in lengths if length < BLOCK or length % BLOCK]:
+        raise typer.BadParameter(f"--length must be a multiple of {BLOCK}, got {wrong[0]}")
     if threads:
         torch.set_num_threads(threads)
     loaded = load_model()

@@ -55,6 +55,8 @@ def main(
 ) -> None:
     """Measure the operations."""
 
+    if wrong := [tokens for tokens in length if tokens < _LENGTHS[0] or tokens % 256]:
+        raise typer.BadParameter(f"--length must be a multiple of 256 from {_LENGTHS[0]} on, got {wrong[0]}")
     choice = Choice(operation, shape, scoring, keys, layout, queries)
     torch.manual_seed(0)
     for case in choice.cases([_GATE_LENGTH]):
