@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LLAMA := .venv-llama
 DEMO_ARGS ?=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench report answers llama clean
 
 $(VENV)/.base: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,9 +28,26 @@ lint: $(VENV)/.test $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.demo
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.end_to_end
+bench: $(VENV)/.bench llama  ## all measurements of speed, their figures and docs/performance.md: hours, on a quiet machine
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ops --resume
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.block_attention
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.end_to_end latency
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.end_to_end within-budget
+	$(MAKE) report
+
+report: $(VENV)/.bench  ## figures and docs/performance.md from results/*.csv
+	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.performance
+
+answers: $(VENV)/.demo  ## is the far context read?
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.needles
 
+llama: $(LLAMA)/.installed  ## llama.cpp to compare with, compiled for this machine in a venv of its own
+
+$(LLAMA)/.installed:
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/pip install --quiet llama-cpp-python==0.3.36
+	touch $@
+
 clean:
-	rm -rf $(VENV) build src/*.egg-info
+	rm -rf $(VENV) $(LLAMA) build src/*.egg-info
