@@ -178,7 +178,8 @@ def select_tokens(
         ]
         if missed:
             part = plan if len(missed) == len(plan.blocks) else plan.take(missed)
-            chosen = dict(zip(missed, _vote(queries, keys, pages, part, config, ops, scale, key_scales, key_center), strict=True))
+            positions = _vote(queries, keys, pages, part, config, ops, scale, key_scales, key_center)
+            chosen = dict(zip(missed, positions, strict=True))
     attended = []
     for row, block in enumerate(plan.blocks):
         state, window = states[block.sequence], candidates_end(block, config)

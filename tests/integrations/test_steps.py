@@ -100,9 +100,7 @@ def test_the_plain_definition_traces_too(llama: PreTrainedModel, monkeypatch: py
     assert torch.equal(traced, steps_of(llama, config)[0])
 
 
-def test_work_that_depends_on_values_is_not_recorded(
-    mixtral: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_work_that_depends_on_values_is_not_recorded(mixtral: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mixture of experts may be recorded only where its experts are chosen by tensors, not by Python."""
     traced, _ = steps_of(mixtral, NARROW, count=12)
     untraced(monkeypatch)

@@ -62,7 +62,9 @@ def test_rms_norm(size: int, dtype: torch.dtype) -> None:
     x, weight = torch.randn(2, 3, size).to(dtype), torch.rand(size).to(dtype)
     wide = x.float()
     expected = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
-    torch.testing.assert_close(cpu.rms_norm(x, weight, 1e-5), expected, atol=1e-6, rtol=1e-2 if dtype.itemsize == 2 else 1e-5)
+    torch.testing.assert_close(
+        cpu.rms_norm(x, weight, 1e-5), expected, atol=1e-6, rtol=1e-2 if dtype.itemsize == 2 else 1e-5
+    )
 
 
 # -- int8 copies ---------------------------------------------------------------------------------------------------

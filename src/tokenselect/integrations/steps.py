@@ -28,10 +28,12 @@ _definitions = torch.library.Library("tokenselect", "FRAGMENT")  # type: ignore[
 _definitions.define(_ATTENTION)  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("tokenselect::attend", lib=_definitions)
-def _(query: Tensor, *args: object) -> Tensor:
+def _attended(query: Tensor, *args: object) -> Tensor:
     """Shape [B, Tq, Hq, D] of the attention of a query [B, Hq, Tq, D]."""
     return query.new_empty(query.transpose(1, 2).shape)
+
+
+torch.library.register_fake("tokenselect::attend", _attended, lib=_definitions)
 
 
 class CannotTrace(Exception):
@@ -105,7 +107,7 @@ class Steps:
             _log.info("layer %d runs its own Python: %s", index, error)
             return None
         program = self._traced[kind]
-        return program and program.bind(layer)
+        return None if program is None else program.bind(layer)
 
 
 class _Recording:
