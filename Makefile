@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+LLAMA := .venv-llama
 DEMO_ARGS ?=
 
-.PHONY: demo test test-sanitize test-aarch64 lint bench clean
+.PHONY: demo test test-sanitize test-aarch64 lint bench report answers llama clean
 
 $(VENV)/.base: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,7 +47,7 @@ test-sanitize: $(SANITIZED)  ## the kernels' tests, on a build that stops at the
 		tests/ops --ignore tests/ops/test_in_pytorch.py --deselect tests/ops/test_reference.py
 
 # Not part of CI: needs Debian's g++-aarch64-linux-gnu and qemu-user-static.
-KERNELS := score_tokens topk_tokens sparse_attention linear rms_norm quantize_rows
+KERNELS := score_tokens topk_tokens sparse_attention linear rms_norm quantize_rows pool_queries
 test-aarch64:  ## every source compiles for aarch64, and its kernels give the right results under emulation
 	mkdir -p build/aarch64
 	aarch64-linux-gnu-g++ -std=c++20 -O2 -fPIC -Wall -c csrc/bindings.cpp -o build/aarch64/bindings.o
@@ -60,9 +61,30 @@ lint: $(VENV)/.package
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.package $(VENV)/.data
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.end_to_end
+$(VENV)/.bench: $(VENV)/.package $(VENV)/.data
+	$(PIP) --editable ".[bench]"
+	touch $@
+
+bench: $(VENV)/.bench llama  ## all measurements of speed, their figures and docs/performance.md: hours, on a quiet machine
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ops --resume
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.block_attention
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.end_to_end latency
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.end_to_end within-budget
+	$(MAKE) report
+
+report: $(VENV)/.bench  ## figures and docs/performance.md from results/*.csv
+	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.performance
+
+answers: $(VENV)/.package $(VENV)/.data  ## is the far context read?
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.needles
 
+llama: $(LLAMA)/.installed  ## llama.cpp to compare with, compiled for this machine in a venv of its own
+
+$(LLAMA)/.installed:
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/pip install --quiet llama-cpp-python==0.3.36
+	touch $@
+
 clean:
-	rm -rf $(VENV) build src/*.egg-info
+	rm -rf $(VENV) $(LLAMA) build src/*.egg-info

@@ -1,5 +1,6 @@
 """How fast, and with how much memory, against the same model with dense attention, in one process.
 
+    python -m benchmarks.end_to_end latency               # against llama.cpp too, which `make llama` installs
     python -m benchmarks.end_to_end prefill --length 32000
     python -m benchmarks.end_to_end within-budget
     python -m benchmarks.end_to_end memory --length 32000
@@ -10,25 +11,44 @@ Methods take turns, so that noise of the machine meets all of them; medians are 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich import print as show
-from transformers import DynamicCache
 
+from benchmarks.engines import BLOCK, ENGINES
+from benchmarks.latency import measure_latency, prompt
 from benchmarks.report import append_rows
 from tokenselect.config import TokenSelectConfig
-from tokenselect.evals.texts import state_of_the_union, token_window
 from tokenselect.integrations.transformers import TokenSelect
+from tokenselect.measure import read_and_write
 from tokenselect.memory import PeakMemory, kv_bytes, settled_memory
-from tokenselect.methods import attach
+from tokenselect.methods import METHODS
 from tokenselect.models import LoadedModel, load_model
 
 app = typer.Typer(add_completion=False, help=__doc__)
-_METHODS = ("tokenselect", "streaming", "dense")
+_LENGTHS = [1024, 4096, 8192, 16384, 32768, 65536]
+
+
+@app.command()
+def latency(
+    lengths: Annotated[list[int], typer.Option("--length", help="tokens of the prompt, multiples of 512")] = _LENGTHS,
+    methods: Annotated[list[str], typer.Option("--method", help=f"of {', '.join(ENGINES)}")] = list(ENGINES),  # noqa: B006
+    repeats: Annotated[int, typer.Option(help="most runs of each")] = 5,
+    seconds: Annotated[float, typer.Option(help="who has taken so long at a length is not repeated")] = 240.0,
+    decode: Annotated[int, typer.Option(help="tokens decoded after the prompt")] = 32,
+    limit: Annotated[float, typer.Option(help="seconds of a prefill; above it the last block alone is read")] = 1200.0,
+    threads: Annotated[int, typer.Option(help="torch threads; 0: what torch chooses")] = 0,
+) -> None:
+    """Time to the first token and per token, of TokenSelect, sinks + local, dense attention and llama.cpp."""
+    if wrong := [length for length in lengths if length < BLOCK or length % BLOCK]:
+        raise typer.BadParameter(f"--length must be a multiple of {BLOCK}, got {wrong[0]}")
+    if threads:
+        torch.set_num_threads(threads)
+    loaded = load_model()
+    for length in lengths:
+        measure_latency(loaded, methods, length, repeats, seconds, decode, limit)
 
 
 @app.command()
@@ -40,9 +60,9 @@ def prefill(
 ) -> None:
     """Tokens read and written per second at a length beyond the window."""
     loaded, ids = load_text(length)
-    times: dict[str, list[tuple[float, float]]] = {method: [] for method in _METHODS}
+    times: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
     for i in range(repeats):
-        for method in _METHODS:
+        for method in METHODS:
             if method != "dense" or i < dense_repeats:
                 times[method].append(_run(loaded, ids, method, decode))
                 show(method, [round(part, 3) for part in times[method][-1]])
@@ -93,32 +113,15 @@ def memory(length: Annotated[int, typer.Option(help="tokens of the prompt")] = 3
 
 
 def load_text(length: int) -> tuple[LoadedModel, torch.Tensor]:
+    """The embedded model, and [1, length] tokens of real text."""
     loaded = load_model()
-    text = token_window(loaded.tokenizer, state_of_the_union(), length + 64, 3_000_000)
-    return loaded, loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :length]
+    return loaded, prompt(loaded, length)
 
 
-@torch.no_grad()
 def _run(loaded: LoadedModel, ids: torch.Tensor, method: str, decode: int) -> tuple[float, float]:
     """Seconds of the prefill, and the median of a decode step."""
-    model, cache = loaded.model, DynamicCache(config=loaded.model.config)
-
-    def step(tokens: torch.Tensor) -> Any:
-        return model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
-
-    with attach(model, method, TokenSelectConfig(), None):
-        read, token = _timed(lambda: step(ids))
-        steps = []
-        for _ in range(decode):
-            seconds, token = _timed(lambda token=token: step(token))  # type: ignore[misc]
-            steps.append(seconds)
-    return read, statistics.median(steps)
-
-
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = call()
-    return time.perf_counter() - started, result
+    run = read_and_write(loaded, ids, method, TokenSelectConfig(), decode)
+    return run.prefill_s, statistics.median(run.steps_s)
 
 
 def _report(name: str, row: dict[str, Any]) -> None:

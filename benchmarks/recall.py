@@ -8,6 +8,7 @@ are cached ("same"), and by their int8 copy. Rows go to results/recall.csv: one 
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from typing import Annotated, Any
 
@@ -49,7 +50,7 @@ class Compared:
 
     def _sets(self, votes: Tensor, start_loc: Tensor, k: int) -> list[Tensor]:
         bounds = start_loc.tolist()
-        parts = [votes[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b - a >= 4 * k]
+        parts = [votes[a:b] for a, b in itertools.pairwise(bounds) if b - a >= 4 * k]
         return [self.ops.topk_tokens(part, torch.tensor([0, len(part)]), k)[0] for part in parts]
 
 
@@ -67,7 +68,13 @@ def main(
     rows = []
     for (k, way), shares in sorted(compared.found.items()):
         part = torch.tensor(shares)
-        row = {"length": length, "k": k, "score_dtype": way, "selections": len(shares), "recall": round(float(part.mean()), 4)}
+        row = {
+            "length": length,
+            "k": k,
+            "score_dtype": way,
+            "selections": len(shares),
+            "recall": round(float(part.mean()), 4),
+        }
         rows.append(row | {"p5": round(float(part.quantile(0.05)), 4), "least": round(float(part.min()), 4)})
         show(rows[-1])
     append_rows("recall", rows)

@@ -169,6 +169,24 @@ void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = out.release();
 }
 
+void pool_queries(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor queries(stack[0], "queries"), starts(stack[1], "starts"), counts(stack[2], "counts");
+  const Tensor cos(stack[3], "cos"), sin(stack[4], "sin"), out(stack[6], "out");
+  PoolArgs args{};
+  queries.shaped({-1, -1, -1}).contiguous();
+  args.queries = queries.data<void>(), args.dtype = queries.float_dtype();
+  args.num_q_heads = queries.size(1), args.head_dim = queries.size(2);
+  args.num_blocks = starts.shaped({-1}).size(0);
+  args.starts = starts.data<int64_t>(), args.counts = counts.shaped({args.num_blocks}).data<int64_t>();
+  args.half = cos.shaped({-1, -1}).size(1);
+  args.cos = cos.data<float>(), args.sin = sin.shaped({cos.size(0), args.half}).data<float>();
+  check_heads(args.num_q_heads, args.num_q_heads, args.head_dim, args.half);
+  args.interleaved = value_of<bool>(stack[5]);
+  args.out = out.shaped({args.num_blocks, args.num_q_heads, args.head_dim}).data<float>();
+  check_values(args, queries.size(0), cos.size(0));
+  kernels(args.head_dim).pool_queries(args);
+}
+
 void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor keys(stack[0], "rows"), center(stack[1], "center"), out(stack[2], "integers"), scales(stack[3], "scales");
   QuantizeArgs args{};
@@ -210,7 +228,8 @@ __attribute__((visibility("default"))) int tokenselect_register() {
          aoti_torch_library_impl(library, "sparse_attention", tokenselect::sparse_attention) ||
          aoti_torch_library_impl(library, "linear", tokenselect::linear) ||
          aoti_torch_library_impl(library, "rms_norm", tokenselect::rms_norm) ||
-         aoti_torch_library_impl(library, "quantize_rows", tokenselect::quantize_rows);
+         aoti_torch_library_impl(library, "quantize_rows", tokenselect::quantize_rows) ||
+         aoti_torch_library_impl(library, "pool_queries", tokenselect::pool_queries);
 }
 __attribute__((visibility("default"))) int tokenselect_use(const char* name) { return tokenselect::use_kernels(name); }
 __attribute__((visibility("default"))) const char* tokenselect_runnable() { return tokenselect::runnable_kernels(); }

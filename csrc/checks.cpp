@@ -89,6 +89,14 @@ void check_values(const TopkArgs& a, int64_t num_votes) {
   for (int64_t b = 0; b < a.num_blocks; b++) check_range("k", a.k, 1, a.start_loc[b + 1] - a.start_loc[b]);
 }
 
+void check_values(const PoolArgs& a, int64_t num_queries, int64_t positions) {
+  for (int64_t b = 0; b < a.num_blocks; b++) {
+    check_range("starts", a.starts[b], 0, num_queries);
+    check_range("counts", a.counts[b], 1, num_queries - a.starts[b]);
+    check_range("counts", a.counts[b], 1, positions);
+  }
+}
+
 void check_values(const AttentionArgs& a, const AttentionSizes& sizes) {
   check_bounds("query_start_loc", a.query_start_loc, a.num_blocks, sizes.queries);
   check_bounds("slot_start_loc", a.slot_start_loc, a.num_blocks, sizes.slots);

@@ -17,6 +17,7 @@ struct AttentionSizes {
 
 void check_values(const ScoreArgs&, const ScoreSizes&);
 void check_values(const TopkArgs&, int64_t num_votes);
+void check_values(const PoolArgs&, int64_t num_queries, int64_t positions);
 void check_values(const AttentionArgs&, const AttentionSizes&);
 
 // Heads that the kernels take: whole groups of vectors of 16, pairs that fit in.

@@ -16,9 +16,11 @@ namespace tokenselect {
   void linear(const LinearArgs&);                  \
   void rms_norm(const NormArgs&);                  \
   void quantize_rows(const QuantizeArgs&);         \
+  void pool_queries(const PoolArgs&);              \
   }                                                \
   static const Kernels isa##_kernels{#isa, isa::score_tokens, isa::topk_tokens, isa::sparse_attention, \
-                                      isa::linear, isa::rms_norm, isa::quantize_rows};
+                                      isa::linear, isa::rms_norm, isa::quantize_rows, \
+                                      isa::pool_queries};
 
 TS_DECLARE(portable)
 #if defined(__x86_64__)

@@ -94,6 +94,19 @@ struct AttentionArgs {
   const float* sink_logits;  // [num_q_heads], or null
 };
 
+struct PoolArgs {
+  const void* queries;  // [num_queries, num_q_heads, head_dim], contiguous
+  DType dtype;
+  int64_t num_blocks, num_q_heads, head_dim;
+  const int64_t* starts;  // [num_blocks], first query of each block
+  const int64_t* counts;  // [num_blocks]
+  const float* cos;       // [at least the largest count, half]
+  const float* sin;
+  int64_t half;
+  bool interleaved;
+  float* out;  // [num_blocks, num_q_heads, head_dim]
+};
+
 struct LinearArgs {
   const void* input;   // [rows, in_features], contiguous
   const void* weight;  // [out_features, in_features], contiguous
@@ -129,6 +142,7 @@ struct Kernels {
   void (*linear)(const LinearArgs&);
   void (*rms_norm)(const NormArgs&);
   void (*quantize_rows)(const QuantizeArgs&);
+  void (*pool_queries)(const PoolArgs&);
 };
 
 // The thread pool is PyTorch's. `body` gets ranges of 0 .. n - 1, each at least `grain` long but the last.

@@ -168,7 +168,11 @@ TS_INLINE vf load_bf16(const uint16_t* p) {
 }
 
 TS_INLINE void store_bf16(uint16_t* p, vf v) {
+#if defined(__AVX512BF16__)
+  store(p, _mm512_cvtneps_pbh((__m512)v));
+#else
   for (int i = 0; i < W; i++) p[i] = float_to_bf16(v[i]);
+#endif
 }
 
 TS_INLINE vf load_as_float(const void* data, int64_t element, DType dtype) {

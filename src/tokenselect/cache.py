@@ -24,6 +24,7 @@ class Owner:
 
     active: bool = True
     quantize: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # scoring reads an int8 copy
+    center_tokens: int = 0  # first tokens whose mean the copy is counted from; a sequence that selects has more
     plan: Any = None  # of the forward pass that runs; see integrations.transformers
     reserve: int = 0  # tokens that are known to come
 
@@ -45,25 +46,34 @@ class _Int8Copy:
     integers: Tensor  # [B, Hkv, capacity, D]
     scales: Tensor  # [B, Hkv, capacity]
     center: Tensor  # [B, Hkv, D]
-    length: int = 0  # tokens copied
+    lengths: list[int]  # tokens copied of each sequence, padding included
 
     @classmethod
-    def of(cls, keys: Tensor, length: int) -> _Int8Copy:
-        """Room for a copy of `keys` [B, Hkv, capacity, D]; its center is that of the first of `length` tokens."""
-        center = keys[:, :, : min(length, _CENTER_TOKENS)].float().mean(2)
+    def like(cls, keys: Tensor) -> _Int8Copy:
+        """Room for a copy of `keys` [B, Hkv, capacity, D]."""
+        batch, heads, _, dim = keys.shape
         scales = keys.new_empty(keys.shape[:3], dtype=torch.float32)
-        return cls(keys.new_empty(keys.shape, dtype=torch.int8), scales, center)
+        center = keys.new_empty((batch, heads, dim), dtype=torch.float32)
+        return cls(keys.new_empty(keys.shape, dtype=torch.int8), scales, center, [0] * batch)
 
-    def update(self, keys: Tensor, length: int, quantize: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-        """Copy the tokens that are new."""
-        new = slice(self.length, length)
-        for own, scales, center, given in zip(self.integers, self.scales, self.center, keys, strict=True):
-            made = quantize(given[:, new].transpose(0, 1), center)
-            own[:, new], scales[:, new] = made[0].transpose(0, 1), made[1].T
-        self.length = length
+    def update(self, keys: Tensor, length: int, padding: list[int], owner: Owner) -> None:
+        """Copy the tokens that are new, of sequences that are long enough to select.
 
-
-_CENTER_TOKENS = 1024  # fewer than there are when selection begins, so that chunks do not matter
+        The center of a sequence is the mean of its first tokens, always of the same ones: so neither chunks nor
+        other sequences change what is selected.
+        """
+        for i, (pad, own) in enumerate(zip(padding, keys, strict=True)):
+            first = pad + owner.center_tokens
+            if length < first or self.lengths[i] == length:
+                continue
+            if self.lengths[i] < first:
+                self.center[i] = own[:, pad:first].float().mean(1)
+                self.lengths[i] = pad
+            new = slice(self.lengths[i], length)
+            assert owner.quantize is not None
+            integers, scales = owner.quantize(own[:, new].transpose(0, 1), self.center[i])
+            self.integers[i, :, new], self.scales[i, :, new] = integers.transpose(0, 1), scales.T
+            self.lengths[i] = length
 
 
 class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -157,20 +167,18 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         assert self._own is not None
         return _as_rows(self._own.keys), _as_rows(self._own.values)
 
-    def scoring_rows(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def scoring_rows(self, padding: list[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Keys as scoring reads them: as they are, or their int8 copy, brought up to date, its scales and center."""
-        own, quantize = self._own, self.owner.quantize
+        own = self._own
         assert own is not None
-        if quantize is None:
+        if self.owner.quantize is None:
             return _as_rows(own.keys), None, None
         if own.copy is None or own.copy.integers.shape != own.keys.shape:
-            own.copy = _Int8Copy.of(own.keys, own.length)
-        copied = own.copy
-        if copied.length < own.length:
-            copied.update(own.keys, own.length, quantize)
-        batch, heads, capacity = copied.scales.shape
-        scales = copied.scales.as_strided(((batch * heads - heads + 1) * capacity, heads), (1, capacity))
-        return _as_rows(copied.integers), scales, copied.center
+            own.copy = _Int8Copy.like(own.keys)
+        own.copy.update(own.keys, own.length, padding, self.owner)
+        batch, heads, capacity = own.copy.scales.shape
+        scales = own.copy.scales.as_strided(((batch * heads - heads + 1) * capacity, heads), (1, capacity))
+        return _as_rows(own.copy.integers), scales, own.copy.center
 
     def page_table(self, padding: list[int]) -> PageTable:
         """Where the tokens of each sequence lie in `rows()`."""
@@ -206,7 +214,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         self._own.length = max(0, self._own.length + tokens_to_remove)
         if self._own.copy is not None:
-            self._own.copy.length = min(self._own.copy.length, self._own.length)
+            self._own.copy.lengths = [min(length, self._own.length) for length in self._own.copy.lengths]
         for state in self._own.states:
             state.forget()
 

@@ -95,6 +95,11 @@ class TokenSelectConfig:
         """Largest block start at which every earlier token fits the budget, so that nothing is selected."""
         return self.num_sink_tokens + self.num_selected_tokens + self.num_local_tokens
 
+    @property
+    def center_tokens(self) -> int:
+        """First tokens of a sequence whose mean key an int8 copy is counted from: every one that selects has them."""
+        return max(1, min(1024, self.dense_limit))
+
     def covers(self, num_tokens: int, block_start: int) -> bool:
         """Whether a block attends every earlier token, in a context of `num_tokens`."""
         return block_start <= self.dense_limit or num_tokens <= self.num_dense_tokens

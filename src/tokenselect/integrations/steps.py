@@ -1,8 +1,9 @@
-"""Decode steps without the host's Python: a layer is traced once and then run as straight calls of its operations.
+"""Layers without the host's Python: traced once for a shape and then run as straight calls of their operations.
 
 Between two attentions of a decode step the host spends hundreds of small Python calls, which at short contexts take
-longer than the arithmetic. What a layer does with one new token does not depend on the token, so its operations are
-recorded once. A layer that cannot be recorded (its work depends on values) runs as it is.
+longer than the arithmetic. What a layer does with so many tokens does not depend on which they are, so its operations
+are recorded once, without rotations by nothing and with norms as one operation; chunks of a long prompt gain from that
+too. A layer that cannot be recorded (its work depends on values) runs as it is.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ _definitions = torch.library.Library("tokenselect", "FRAGMENT")  # type: ignore[
 _definitions.define(_ATTENTION)  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("tokenselect::attend", lib=_definitions)
-def _(query: Tensor, *args: object) -> Tensor:
+def _attended(query: Tensor, *args: object) -> Tensor:
     """Shape [B, Tq, Hq, D] of the attention of a query [B, Hq, Tq, D]."""
     return query.new_empty(query.transpose(1, 2).shape)
+
+
+torch.library.register_fake("tokenselect::attend", _attended, lib=_definitions)
 
 
 class CannotTrace(Exception):
@@ -39,7 +42,7 @@ class CannotTrace(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A decoder layer for one new token per sequence.
+    """A decoder layer for hidden states of one shape.
 
     Attributes:
         run: called with the hidden states, the cache's layer and `inputs`.
@@ -73,7 +76,7 @@ class Steps:
     def find(
         self, index: int, layer: nn.Module, forward: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]
     ) -> Callable[[Tensor, Any], Any] | None:
-        """What runs layer `index` on `hidden` [B, 1, hidden_size]; None: the layer must run itself."""
+        """What runs layer `index` on `hidden` [B, T, hidden_size]; None: the layer must run itself."""
         flags = tuple((name, value) for name, value in kwargs.items() if isinstance(value, bool | int | float | str))
         key = (index, hidden.shape, flags)
         if key not in self._bound:
@@ -95,12 +98,14 @@ class Steps:
         flags: tuple[Any, ...],
     ) -> Callable[[Tensor, Any], Any] | None:
         kind = (hidden.shape, flags, *_signature(layer))
-        if kind not in self._traced:
-            try:
+        try:
+            _refuse_hooks(layer)
+            if kind not in self._traced:
+                self._traced[kind] = None  # and stays so if it fails
                 self._traced[kind] = _trace_layer(index, layer, forward, hidden, kwargs, self.identity, self.ops)
-            except Exception as error:  # host code may fail in any way when it is traced
-                _log.info("layer %d runs its own Python in decode steps: %s", index, error)
-                self._traced[kind] = None
+        except Exception as error:  # host code may fail in any way when it is traced
+            _log.info("layer %d runs its own Python: %s", index, error)
+            return None
         program = self._traced[kind]
         return None if program is None else program.bind(layer)
 
@@ -145,7 +150,6 @@ def _trace_layer(
     Raises:
         CannotTrace: it uses more than its input, its own tensors and its cache.
     """
-    _refuse_hooks(layer)
     cache = {name: _Recording(index) for name in ("past_key_values", "layer_past") if kwargs.get(name) is not None}
     given = {**kwargs, **cache}
     module = make_fx(lambda x: forward(x, **given), tracing_mode="fake", _allow_non_fake_inputs=True)(hidden)

@@ -33,6 +33,7 @@ from tokenselect.integrations.undo import override, put_back
 from tokenselect.ops import find_backend
 
 _PREFIX = "tokenselect_over_"
+_WORTH_TRACING = 3  # chunks of one length in a prompt; decode steps always are
 # By decoder. The model holds its TokenSelect (in what is put before its methods), so this need not.
 _ENABLED: WeakKeyDictionary[nn.Module, ref[TokenSelect]] = WeakKeyDictionary()
 # Where the prompt that `generate` is reading ends, padding included: its last tokens select one by one.
@@ -76,7 +77,7 @@ class TokenSelect:
         self.max_distance = self.config.max_distance or max(1, self.host.trained_window * 7 // 8)
         self._owners: WeakSet[Owner] = WeakSet()
         self._stack = ExitStack()
-        self._is_step = False  # of the forward pass that runs: one new token per sequence
+        self._is_traced = False  # the forward pass that runs
 
     def __enter__(self) -> TokenSelect:
         if self.host.decoder in _ENABLED:
@@ -144,12 +145,15 @@ class TokenSelect:
         keeps_cache = kwargs.get("use_cache") is not False
         kwargs.update(past_key_values=cache, use_cache=True)
         owner.reserve = past + length + self.config.block_size
-        self._is_step = length == 1 and not torch.is_autocast_enabled(inputs.device.type)
         if length > 1:
             self._steps.forget()  # layers may have been changed since the last prompt
         outputs = []
+        chunks = self._chunks(past, past + length)
+        shapes = Counter(end - start for start, end in chunks)
         try:
-            for start, end in self._chunks(past, past + length):
+            for start, end in chunks:
+                is_frequent = length == 1 or shapes[end - start] >= _WORTH_TRACING
+                self._is_traced = is_frequent and not torch.is_autocast_enabled(inputs.device.type)
                 owner.plan = self._plan(padding, start, end, past + length)
                 outputs.append(original(**_slice_inputs(kwargs, past, start, end)))
                 if self.on_prefill and length > 1:
@@ -179,8 +183,8 @@ class TokenSelect:
         return list(pairwise(cuts))
 
     def _layer(self, index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A decoder layer's forward: one new token per sequence takes its traced program."""
-        if self._is_step and len(args) == 1 and kwargs.get("attention_mask") is None:
+        """A decoder layer's forward; passes of a shape that comes often take its traced program."""
+        if self._is_traced and len(args) == 1 and kwargs.get("attention_mask") is None:
             cache: Any = kwargs.get("past_key_values", kwargs.get("layer_past"))
             if program := self._steps.find(index, layer, original, args[0], kwargs):
                 return program(args[0], cache.layers[index])
@@ -208,7 +212,9 @@ class TokenSelect:
             return cache, ours.owner
         if cache.get_seq_length():
             raise ValueError("this cache was filled without TokenSelect: its keys are rotated; start a new one")
-        owner = Owner(quantize=self.ops.quantize_rows if self.config.score_dtype == "int8" else None)
+        owner = Owner()
+        if self.config.score_dtype == "int8":
+            owner.quantize, owner.center_tokens = self.ops.quantize_rows, self.config.center_tokens
         self._owners.add(owner)
         fresh: Any = DynamicCache(config=self.host.config).layers
         cache.layers = fresh or [None] * self.host.config.num_hidden_layers

@@ -30,6 +30,8 @@ _SCHEMAS = (
     "Tensor sequences, Tensor candidates, Tensor context, Tensor cos0, Tensor sin0, Tensor runs0, int run_size0, "
     "Tensor cos1, Tensor sin1, Tensor runs1, int run_size1, bool interleaved, float scale, Tensor start_loc, "
     "Tensor key_center, Tensor(a!) votes) -> ()",
+    "pool_queries(Tensor queries, Tensor starts, Tensor counts, Tensor cos, Tensor sin, bool interleaved, "
+    "Tensor(a!) pooled) -> ()",
     "topk_tokens(Tensor votes, Tensor start_loc, int k, Tensor(a!) indices) -> ()",
     "sparse_attention(Tensor queries, Tensor keys, Tensor values, Tensor query_start_loc, Tensor slots, "
     "Tensor slot_start_loc, Tensor cos, Tensor sin, float scale, bool interleaved, float softcap, "
@@ -122,6 +124,16 @@ def use_instruction_set(name: str) -> None:
     """
     if not _load().tokenselect_use(name.encode()):
         raise ValueError(f"instruction set must be one of auto, {', '.join(instruction_sets())}, got {name!r}")
+
+
+def pool_queries(
+    queries: Tensor, starts: Tensor, counts: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> Tensor:
+    """See `ops.reference.pool_queries`."""
+    pooled = torch.empty((starts.shape[0], *queries.shape[1:]))
+    given = queries.contiguous(), starts, counts, cos.contiguous(), sin.contiguous()
+    torch.ops.tokenselect.pool_queries(*given, interleaved, pooled)
+    return pooled
 
 
 def score_tokens(

@@ -49,6 +49,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     return torch.cat((out, rest.expand(*out.shape[:-1], -1)), dim=-1) if rest.shape[-1] else out
 
 
+def pool_queries(
+    queries: Tensor, starts: Tensor, counts: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> Tensor:
+    """One query per block: the mean of its queries, each rotated by its place in the block (method.md, section 2.2).
+
+    Args:
+        queries: [num_queries, num_q_heads, head_dim], raw.
+        starts: [num_blocks] int64, first query of each block.
+        counts: [num_blocks] int64, queries of each block, at least 1.
+        cos: [at least the largest count, rotary_dim / 2] float32, rotations by 0, 1, 2, ...
+        sin: like `cos`.
+        interleaved: layout of the dimension pairs.
+
+    Returns:
+        [num_blocks, num_q_heads, head_dim] float32.
+    """
+    pooled = queries[starts].float()  # a rotation by 0
+    for i, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
+        if count > 1:
+            own = queries[start : start + count]
+            pooled[i] = rotate(own, cos[:count, None], sin[:count, None], interleaved).mean(0)
+    return pooled
+
+
 @dataclass(frozen=True, slots=True)
 class Distances:
     """Rotations that stand for the distance from a block's start to its keys, one per run of keys.
