@@ -42,15 +42,23 @@ TS_INLINE vf set1(float x) { return x - vf{}; }
 TS_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 
 TS_INLINE float sum_of(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float s = 0;
   for (int i = 0; i < W; i++) s += v[i];
   return s;
+#endif
 }
 
 TS_INLINE float max_of(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float m = v[0];
   for (int i = 1; i < W; i++) m = v[i] > m ? v[i] : m;
   return m;
+#endif
 }
 
 // Bit i is set if element i of a comparison is true.

@@ -198,6 +198,7 @@ TS_INLINE void make_tile(const char* const* keys, int64_t dim, vu* tile) {
   for (int64_t c = 0; c < (dim - d) / (Key::kLoaded / W); c++, tile += Key::kSplit) Key::split(rows[c], tile);
 }
 
+constexpr int64_t kTilesAhead = 2;
 constexpr int kRowsAtOnce = W == 8 ? 6 : 8;  // sums that fit the registers
 
 // Products of `Tiles` tiles, one after the other, with `Rows` packed queries: out[row * ld + key], times `units[row]`
@@ -244,6 +245,14 @@ void multiply_all(const vu* tiles, const char* queries, int64_t rows, int64_t di
   }
 }
 
+// While a tile is computed, those after the next come from memory.
+template <class Key>
+TS_INLINE void fetch_ahead(const char* const* keys, int64_t i, int64_t n, int64_t dim) {
+  const int64_t first = i + kTilesAhead * W, last = first + 2 * W < n ? first + 2 * W : n;
+  for (int64_t k = first; k < last; k++)
+    for (int64_t at = 0; at < dim * Key::size; at += 64) __builtin_prefetch(keys[k] + at);
+}
+
 // Logits [rows, n] (stride `ld`, written in whole vectors) of packed queries against `n` keys. `tiles` is room for two;
 // `key_scales`, if given, may be read to a whole vector.
 template <class Key>
@@ -252,6 +261,7 @@ void dot_tiles(const char* const* keys, int64_t n, vu* tiles, const char* querie
   const char* some[W];
   const int64_t size = tile_size<Key>(dim);
   for (int64_t i = 0; i < n;) {
+    fetch_ahead<Key>(keys, i, n, dim);
     const int together = i + W < n && rows <= kRowsAtOnce / 2 ? 2 : 1;  // few rows alone would wait for their own sums
     for (int t = 0; t < together; t++) {
       const int64_t first = i + t * W;
