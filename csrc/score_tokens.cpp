@@ -125,9 +125,13 @@ void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
   rows_of(a.pages, a.sequences[g.first_block], from, to, slots);
   for (int64_t i = 0; i < to - from; i++)
     keys[i] = (const char*)a.keys.data + (slots[i] * a.keys.row_stride + kv_head * a.keys.head_stride) * Key::size;
-  if (Key::size == 1)
-    for (int64_t i = 0; i < to - from; i++)
-      key_scales[i] = ((const float*)a.key_scales.data)[slots[i] * a.key_scales.row_stride + kv_head * a.key_scales.head_stride];
+  if (Key::size == 1) {
+    const float* scales = (const float*)a.key_scales.data + kv_head * a.key_scales.head_stride;
+    if (a.key_scales.row_stride == 1 && in_one_page(a.pages, a.sequences[g.first_block], from, to))
+      __builtin_memcpy(key_scales, scales + slots[0], (to - from) * sizeof(float));
+    else
+      for (int64_t i = 0; i < to - from; i++) key_scales[i] = scales[slots[i] * a.key_scales.row_stride];
+  }
   float* turned = (float*)scratch(2, (a.head_dim + 2 * g.head_rows) * sizeof(float));
   float *units = turned + a.head_dim, *shifts = units + g.head_rows;
   char* packed = (char*)scratch(5, g.head_rows * Key::query_bytes(a.head_dim));

@@ -60,9 +60,19 @@ TS_INLINE void fetch(const Head& h, const Rows& rows, int64_t i) {
 // The i-th attended key, rotated.
 template <DType T>
 TS_INLINE void load_key(const Head& h, int64_t i, float* out) {
-  const int64_t from = key_element(h, h.a.keys, i);
-  for (int64_t d = 0; d < h.a.head_dim; d += W) store(out + d, load_as_float(h.a.keys.data, from + d, T));
-  rotate_to(h, i, out);
+  const int64_t from = key_element(h, h.a.keys, i), half = h.a.half;
+  if (h.a.interleaved || 2 * half != h.a.head_dim || half % W) {
+    for (int64_t d = 0; d < h.a.head_dim; d += W) store(out + d, load_as_float(h.a.keys.data, from + d, T));
+    return rotate_to(h, i, out);
+  }
+  // The usual layout: nothing is stored that is read again at once.
+  const float *cos = h.a.cos + i * half, *sin = h.a.sin + i * half;
+  for (int64_t d = 0; d < half; d += W) {
+    const vf a = load_as_float(h.a.keys.data, from + d, T), b = load_as_float(h.a.keys.data, from + half + d, T);
+    const vf c = load<vf>(cos + d), s = load<vf>(sin + d);
+    store(out + d, a * c - b * s);
+    store(out + half + d, b * c + a * s);
+  }
 }
 
 // A row's query, rotated and scaled.
@@ -135,23 +145,30 @@ void dot_keys(const float* keys, const float* queries, int64_t dim, float* out) 
   for (int r = 0; r < R; r++) store(out + r * kChunk, sums_of(sums + r * W));
 }
 
-// out[R, dim] += weights[R, n] . values, whose rows lie anywhere.
+// out[R, dim] += weights[R, n] . values, whose rows lie anywhere; the dimensions d .. d + V * W - 1.
+template <DType T, int R, int V>
+TS_INLINE void add_panel(const Head& h, int64_t from, int64_t n, const float* weights, float* out, int64_t d) {
+  const int64_t dim = h.a.head_dim;
+  vf sums[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) sums[r][v] = load<vf>(out + r * dim + d + v * W);
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t at = key_element(h, h.a.values, from + i) + d;
+    vf x[V];
+    for (int v = 0; v < V; v++) x[v] = load_as_float(h.a.values.data, at + v * W, T);
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++) sums[r][v] += weights[r * kChunk + i] * x[v];
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) store(out + r * dim + d + v * W, sums[r][v]);
+}
+
 template <DType T, int R>
 void add_values(const Head& h, int64_t from, int64_t n, const float* weights, float* out) {
-  const int64_t dim = h.a.head_dim;
-  for (int64_t d = 0; d < dim; d += NR) {
-    vf a[R], b[R];
-    for (int r = 0; r < R; r++) a[r] = load<vf>(out + r * dim + d), b[r] = load<vf>(out + r * dim + d + W);
-    for (int64_t i = 0; i < n; i++) {
-      const int64_t at = key_element(h, h.a.values, from + i) + d;
-      const vf x = load_as_float(h.a.values.data, at, T), y = load_as_float(h.a.values.data, at + W, T);
-      for (int r = 0; r < R; r++) {
-        const float w = weights[r * kChunk + i];
-        a[r] += w * x, b[r] += w * y;
-      }
-    }
-    for (int r = 0; r < R; r++) store(out + r * dim + d, a[r]), store(out + r * dim + d + W, b[r]);
-  }
+  int64_t d = 0;
+  if (W == 16)  // enough registers for a whole row of 64
+    for (; d + 4 * W <= h.a.head_dim; d += 4 * W) add_panel<T, R, 4>(h, from, n, weights, out, d);
+  for (; d < h.a.head_dim; d += NR) add_panel<T, R, 2>(h, from, n, weights, out, d);
 }
 
 template <DType T, int R>
