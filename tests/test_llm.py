@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -343,6 +344,18 @@ def test_kv_bytes_of_sliding_layers() -> None:
     config.sliding_window = 100
     assert memory.kv_bytes(config, 1000, torch.bfloat16) == 1200 * 2 * 2 * 16 * 2
     assert memory.kv_bytes(config, 50, torch.bfloat16) == 150 * 2 * 2 * 16 * 2
+
+
+def test_a_context_that_selects_holds_an_int8_copy_too() -> None:
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
+    plain, settings = memory.kv_bytes(config, 1000, torch.bfloat16), TokenSelectConfig(num_dense_tokens=900)
+    needed = partial(memory.context_bytes, config, dtype=torch.bfloat16)
+    assert needed(1000) == plain
+    assert needed(1000, settings=settings) == plain  # within the budget
+    settings = settings.replace(num_selected_tokens=128)
+    assert needed(1000, settings=settings) == plain + 3 * 1000 * 2 * (16 + 4)
+    assert needed(900, settings=settings) == memory.kv_bytes(config, 900, torch.bfloat16)
+    assert needed(1000, settings=settings.replace(score_dtype="same")) == plain
 
 
 def test_peak_memory_sees_what_is_gone_again() -> None:

@@ -233,7 +233,8 @@ class LLM:
     ) -> Generator[str]:
         """Check what can be checked now; the rest runs when the first piece is asked for."""
         model, kept = self.loaded.model, _shared_prefix(context.ids, ids)
-        check_memory(model.config, len(ids) + sampling.max_new_tokens - kept, model.dtype, model.device)
+        num_tokens = len(ids) + sampling.max_new_tokens - kept
+        check_memory(model.config, num_tokens, model.dtype, model.device, self._settings)
         return self._answer(ids, context, sampling, on_prefill)
 
     def _answer(

@@ -11,6 +11,8 @@ from typing import Any
 import psutil
 import torch
 
+from tokenselect.config import TokenSelectConfig
+
 # Activations and the cache's growth need some too: keys and values may take this share of what is free.
 _KV_SHARE = 0.9
 
@@ -36,6 +38,28 @@ def kv_bytes(config: Any, num_tokens: int, dtype: torch.dtype) -> int:
     return int(2 * heads * head_dim * dtype.itemsize * kept)
 
 
+def context_bytes(config: Any, num_tokens: int, dtype: torch.dtype, settings: TokenSelectConfig | None = None) -> int:
+    """Bytes of everything that is kept of one sequence: keys, values, and what scoring reads.
+
+    Args:
+        config: the model's Transformers config.
+        num_tokens: tokens of the sequence.
+        dtype: of keys and values.
+        settings: those of the selection; None: there is none.
+
+    Returns:
+        `kv_bytes`, and for an int8 copy of the keys half a byte per byte of 16-bit keys and a scale.
+    """
+    total = kv_bytes(config, num_tokens, dtype)
+    if settings is None or settings.score_dtype != "int8" or not settings.num_selected_tokens:
+        return total
+    if settings.covers(num_tokens, num_tokens):
+        return total
+    text = config.get_text_config(decoder=True)
+    head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return total + kv_bytes(config, num_tokens, torch.int8) * (head_dim + 4) // (2 * head_dim)
+
+
 def available_memory(device: torch.device) -> int:
     """Free bytes on a device; on the CPU what can be had without swapping, a container's limit included."""
     if device.type == "cuda":
@@ -48,30 +72,36 @@ def available_memory(device: torch.device) -> int:
     return max(free, 0)
 
 
-def fits(config: Any, num_tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there is memory for the keys and values of so many tokens; arguments as in `check_memory`."""
-    return kv_bytes(config, num_tokens, dtype) <= _usable(device)
+def fits(
+    config: Any, num_tokens: int, dtype: torch.dtype, device: torch.device, settings: TokenSelectConfig | None = None
+) -> bool:
+    """Whether there is memory for a context of so many tokens; arguments as in `check_memory`."""
+    return context_bytes(config, num_tokens, dtype, settings) <= _usable(device)
 
 
-def check_memory(config: Any, num_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a context whose keys and values do not fit, before anything is computed.
+def check_memory(
+    config: Any, num_tokens: int, dtype: torch.dtype, device: torch.device, settings: TokenSelectConfig | None = None
+) -> None:
+    """Refuse a context that does not fit, before anything is computed.
 
     Args:
         config: the model's Transformers config.
         num_tokens: tokens to cache from now on: the prompt's and the new ones.
         dtype: of keys and values.
         device: where they lie.
+        settings: those of the selection; None: there is none.
 
     Raises:
         ValueError: not enough memory; says how much is needed and how many tokens would fit.
     """
-    if fits(config, num_tokens, dtype, device):
+    if fits(config, num_tokens, dtype, device, settings):
         return
-    needed, usable = kv_bytes(config, num_tokens, dtype), _usable(device)
+    needed, usable = context_bytes(config, num_tokens, dtype, settings), _usable(device)
     low, high = 0, num_tokens  # the largest number of tokens that fits lies in [low, high)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if kv_bytes(config, middle, dtype) <= usable else (low, middle)
+        is_enough = context_bytes(config, middle, dtype, settings) <= usable
+        low, high = (middle, high) if is_enough else (low, middle)
     raise ValueError(
         f"{num_tokens:,} tokens need {readable(needed)} of memory for their keys and values, but "
         f"{readable(usable)} can be used: {low:,} would fit; shorten the document or lower max_new_tokens"

@@ -29,7 +29,7 @@ class Stats:
         budget: the most tokens that a query attends which selects; None for dense attention.
         attended_share: tokens attended over tokens there were, for the queries that selected; 1.0 if none did.
         reuse_hit_rate: share of decode steps that the Selection Cache served; None if it was never asked.
-        kv_bytes: keys and values held at the end, room for growth not counted.
+        kv_bytes: keys and values held at the end, room for growth and an int8 copy for scoring not counted.
         peak_memory_bytes: the most memory used, weights included.
         peak_memory_scope: of what and since when that was measured.
         config: the settings as the model follows them; None for dense attention.

@@ -54,7 +54,8 @@ def bench(
     loaded = load(model, display)
     from tokenselect.memory import check_memory
 
-    check_memory(loaded.model.config, max(lengths) + new_tokens, loaded.model.dtype, loaded.model.device)
+    settings, host = config.for_window(loaded.trained_window), loaded.model
+    check_memory(host.config, max(lengths) + new_tokens, host.dtype, host.device, settings)
     runs: dict[tuple[int, str], list[Run]] = {}
     interrupted = True
     with suppress(KeyboardInterrupt):

@@ -95,7 +95,7 @@ def _selection(loaded: "LoadedModel", config: TokenSelectConfig) -> dict[str, An
 
 
 def _plan(loaded: "LoadedModel", config: TokenSelectConfig, tokens: int) -> dict[str, Any]:
-    from tokenselect.memory import available_memory, fits, kv_bytes
+    from tokenselect.memory import available_memory, context_bytes, fits, kv_bytes
 
     model = loaded.model
     attended = config.num_attended(tokens)
@@ -104,8 +104,9 @@ def _plan(loaded: "LoadedModel", config: TokenSelectConfig, tokens: int) -> dict
         "attended": attended,
         "share": attended / tokens,
         "kv_bytes": kv_bytes(model.config, tokens, model.dtype),
+        "bytes": context_bytes(model.config, tokens, model.dtype, config),
         "available_bytes": available_memory(model.device),
-        "fits": fits(model.config, tokens, model.dtype, model.device),
+        "fits": fits(model.config, tokens, model.dtype, model.device, config),
     }
 
 
@@ -124,6 +125,7 @@ def _lines(facts: dict[str, Any]) -> "Iterator[str]":
     for plan in facts["contexts"]:
         yield (
             f"a context of {plan['tokens']:,} tokens: each token attends at most {plan['attended']:,} "
-            f"({plan['share']:.0%}); keys and values take {readable(plan['kv_bytes'])} "
+            f"({plan['share']:.0%}); keys and values take {readable(plan['kv_bytes'])}, "
+            f"with what scoring reads {readable(plan['bytes'])}, "
             f"of {readable(plan['available_bytes'])} free memory{'' if plan['fits'] else ': too much'}"
         )
