@@ -140,20 +140,47 @@ int64_t count_rows(const Tensor& rows, const Tensor& weight, int64_t size) {
   return rows.count() / size;
 }
 
+// One layer of `rows`; its result is the caller's.
+Tensor make_part(LinearArgs& args, const Tensor& rows, const Tensor& weight, const Tensor& bias) {
+  LinearPart& part = args.parts[args.num_parts++];
+  args.in_features = weight.shaped({-1, -1}).size(1), part.out_features = weight.size(0);
+  args.rows = count_rows(rows, weight, args.in_features);
+  if (!bias.empty()) {
+    bias.shaped({part.out_features}).same_dtype(rows), bias.contiguous();
+    part.bias = bias.data<void>();
+  }
+  Tensor out(new_rows(rows, part.out_features), "out");
+  args.input = rows.data<void>(), part.weight = weight.data<void>(), part.out = out.data<void>();
+  args.dtype = rows.dtype();
+  return Tensor((AtenTensorHandle)(uintptr_t)out.release(), "out");
+}
+
 void linear(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor rows(stack[0], "rows"), weight(stack[1], "weight"), bias(stack[2], "bias");
   LinearArgs args{};
-  args.in_features = weight.shaped({-1, -1}).size(1), args.out_features = weight.size(0);
-  args.rows = count_rows(rows, weight, args.in_features);
-  if (!bias.empty()) {
-    bias.shaped({args.out_features}).same_dtype(rows), bias.contiguous();
-    args.bias = bias.data<void>();
-  }
-  Tensor out(new_rows(rows, args.out_features), "out");
-  args.input = rows.data<void>(), args.weight = weight.data<void>(), args.out = out.data<void>();
-  args.dtype = rows.dtype();
+  Tensor out = make_part(args, rows, weight, bias);
   kernels(args.in_features).linear(args);
   stack[0] = out.release();
+}
+
+void linear2(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor rows(stack[0], "rows"), weight0(stack[1], "weight0"), bias0(stack[2], "bias0");
+  const Tensor weight1(stack[3], "weight1"), bias1(stack[4], "bias1");
+  LinearArgs args{};
+  Tensor out0 = make_part(args, rows, weight0, bias0), out1 = make_part(args, rows, weight1, bias1);
+  kernels(args.in_features).linear(args);
+  stack[0] = out0.release(), stack[1] = out1.release();
+}
+
+void linear3(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor rows(stack[0], "rows"), weight0(stack[1], "weight0"), bias0(stack[2], "bias0");
+  const Tensor weight1(stack[3], "weight1"), bias1(stack[4], "bias1");
+  const Tensor weight2(stack[5], "weight2"), bias2(stack[6], "bias2");
+  LinearArgs args{};
+  Tensor out0 = make_part(args, rows, weight0, bias0), out1 = make_part(args, rows, weight1, bias1);
+  Tensor out2 = make_part(args, rows, weight2, bias2);
+  kernels(args.in_features).linear(args);
+  stack[0] = out0.release(), stack[1] = out1.release(), stack[2] = out2.release();
 }
 
 void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
@@ -227,6 +254,8 @@ __attribute__((visibility("default"))) int tokenselect_register() {
          aoti_torch_library_impl(library, "topk_tokens", tokenselect::topk_tokens) ||
          aoti_torch_library_impl(library, "sparse_attention", tokenselect::sparse_attention) ||
          aoti_torch_library_impl(library, "linear", tokenselect::linear) ||
+         aoti_torch_library_impl(library, "linear2", tokenselect::linear2) ||
+         aoti_torch_library_impl(library, "linear3", tokenselect::linear3) ||
          aoti_torch_library_impl(library, "rms_norm", tokenselect::rms_norm) ||
          aoti_torch_library_impl(library, "quantize_rows", tokenselect::quantize_rows) ||
          aoti_torch_library_impl(library, "pool_queries", tokenselect::pool_queries);

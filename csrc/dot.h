@@ -40,36 +40,38 @@ struct F32 {
   static int64_t place(int64_t i) { return i; }
 };
 
-// Sums of products of `Keys` keys with `Rows` packed queries, spread over a vector each: out[row * W + key].
-template <class Key, int Rows, int Keys>
-TS_INLINE void dot_keys(const char* const* keys, const typename Key::Query* queries, int64_t dim, vf* out) {
+// Sums of products of one key with `Rows` packed queries, spread over a vector each: out[row * W]. Keys are read one
+// after the other, as memory likes it best; several sums per row, so that few rows do not wait for them.
+template <class Key, int Rows>
+TS_INLINE void dot_key(const char* key, const typename Key::Query* queries, int64_t dim, vf* out) {
+  constexpr int kSums = Rows == 1 ? 4 : Rows <= 3 ? 2 : 1;
+  vf sums[Rows][kSums] = {}, odd[Rows] = {};
+  int64_t d = 0;
 #if defined(__AVX512BF16__)
   if constexpr (__is_same(Key, Bf16)) {  // queries are pairs of bf16 here
-    __m512 sum[Keys][Rows] = {};
-    for (int64_t d = 0; d < dim; d += 2 * W)
-      for (int k = 0; k < Keys; k++) {
-        const __m512bh pairs = load<__m512bh>(keys[k] + 2 * d);
-        for (int r = 0; r < Rows; r++)
-          sum[k][r] = _mm512_dpbf16_ps(sum[k][r], pairs, load<__m512bh>((const uint16_t*)(queries + r * dim) + d));
-      }
-    for (int k = 0; k < Keys; k++)
-      for (int r = 0; r < Rows; r++) out[r * W + k] = (vf)sum[k][r];
-    return;
+    auto add = [&](int r, int s, int64_t at) {
+      const __m512bh pairs = load<__m512bh>(key + 2 * at);
+      sums[r][s] = (vf)_mm512_dpbf16_ps((__m512)sums[r][s], pairs, load<__m512bh>((const uint16_t*)(queries + r * dim) + at));
+    };
+    for (; d + 2 * W * kSums <= dim; d += 2 * W * kSums)
+      for (int s = 0; s < kSums; s++)
+        for (int r = 0; r < Rows; r++) add(r, s, d + 2 * W * s);
+    for (; d < dim; d += 2 * W)
+      for (int r = 0; r < Rows; r++) add(r, 0, d);
   }
 #endif
-  {
-    vf even[Keys][Rows] = {}, odd[Keys][Rows] = {};
-    for (int64_t d = 0; d < dim; d += 2 * W)
-      for (int k = 0; k < Keys; k++) {
-        vf a, b;
-        Key::split(keys[k] + d * Key::size, a, b);
-        for (int r = 0; r < Rows; r++) {
-          even[k][r] += a * load<vf>(queries + r * dim + d);
-          odd[k][r] += b * load<vf>(queries + r * dim + d + W);
-        }
-      }
-    for (int k = 0; k < Keys; k++)
-      for (int r = 0; r < Rows; r++) out[r * W + k] = even[k][r] + odd[k][r];
+  for (; d < dim; d += 2 * W) {
+    vf a, b;
+    Key::split(key + d * Key::size, a, b);
+    for (int r = 0; r < Rows; r++) {
+      sums[r][0] += a * load<vf>(queries + r * dim + d);
+      odd[r] += b * load<vf>(queries + r * dim + d + W);
+    }
+  }
+  for (int r = 0; r < Rows; r++) {
+    vf sum = odd[r];
+    for (int s = 0; s < kSums; s++) sum += sums[r][s];
+    out[r * W] = sum;
   }
 }
 
@@ -77,14 +79,9 @@ TS_INLINE void dot_keys(const char* const* keys, const typename Key::Query* quer
 template <class Key, int Rows>
 void dot_rows(const char* const* keys, int64_t n, const typename Key::Query* queries, int64_t dim, float* out,
               int64_t ld) {
-  constexpr int kAtOnce = Rows == 1 ? 4 : Rows <= 3 ? 2 : 1;  // few rows alone would wait for their own sums
-  vf sums[Rows * W];                          // [row][key]
+  vf sums[Rows * W];  // [row][key]
   for (int64_t i = 0; i < n; i += W) {
-    for (int64_t j = 0; j < W; j += kAtOnce) {
-      const char* some[kAtOnce];
-      for (int k = 0; k < kAtOnce; k++) some[k] = keys[i + j + k < n ? i + j + k : n - 1];
-      dot_keys<Key, Rows, kAtOnce>(some, queries, dim, sums + j);
-    }
+    for (int64_t j = 0; j < W; j++) dot_key<Key, Rows>(keys[i + j < n ? i + j : n - 1], queries, dim, sums + j);
     for (int r = 0; r < Rows; r++) store(out + r * ld + i, sums_of(sums + r * W));
   }
 }

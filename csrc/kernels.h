@@ -113,13 +113,23 @@ struct PoolArgs {
   float* out;  // [num_blocks, num_q_heads, head_dim]
 };
 
+// A linear layer: weight [out_features, in_features], bias [out_features] or null, out [rows, out_features], contiguous.
+struct LinearPart {
+  const void* weight;
+  const void* bias;
+  void* out;
+  int64_t out_features;
+};
+
+constexpr int kMostParts = 3;
+
+// Layers of one input; all of one dtype.
 struct LinearArgs {
-  const void* input;   // [rows, in_features], contiguous
-  const void* weight;  // [out_features, in_features], contiguous
-  const void* bias;    // [out_features], or null
-  void* out;           // [rows, out_features]
-  DType dtype;         // of all of them
-  int64_t rows, in_features, out_features;
+  const void* input;  // [rows, in_features], contiguous
+  DType dtype;
+  int64_t rows, in_features;
+  LinearPart parts[kMostParts];
+  int64_t num_parts;
 };
 
 struct NormArgs {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from tokenselect.hardware import advise_huge_pages
 from tokenselect.ops.paging import PageTable
 from tokenselect.selection import SelectionState
 
@@ -54,7 +55,7 @@ class _Int8Copy:
         batch, heads, _, dim = keys.shape
         scales = keys.new_empty(keys.shape[:3], dtype=torch.float32)
         center = keys.new_empty((batch, heads, dim), dtype=torch.float32)
-        return cls(keys.new_empty(keys.shape, dtype=torch.int8), scales, center, [0] * batch)
+        return cls(advise_huge_pages(keys.new_empty(keys.shape, dtype=torch.int8)), scales, center, [0] * batch)
 
     def update(self, keys: Tensor, length: int, padding: list[int], owner: Owner) -> None:
         """Copy the tokens that are new, of sequences that are long enough to select.
@@ -113,8 +114,9 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         batch, heads, _, dim = key_states.shape
         capacity = max(_LEAST_CAPACITY, self.owner.reserve, key_states.shape[2])
         self._own = _Buffers(
-            key_states.new_empty(batch, heads, capacity, dim),
-            value_states.new_empty(batch, heads, capacity, value_states.shape[3]),
+            advise_huge_pages(key_states.new_empty(batch, heads, capacity, dim)),
+            # autocast may make values of another type than keys
+            advise_huge_pages(key_states.new_empty(batch, heads, capacity, value_states.shape[3])),
             states=[SelectionState() for _ in range(batch)],
         )
         self.is_initialized = True
@@ -245,7 +247,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
 
 def _enlarged(buffer: Tensor, length: int, capacity: int) -> Tensor:
     batch, heads, _, dim = buffer.shape
-    larger = buffer.new_empty(batch, heads, capacity, dim)
+    larger = advise_huge_pages(buffer.new_empty(batch, heads, capacity, dim))
     larger[:, :, :length] = buffer[:, :, :length]
     return larger
 

@@ -34,7 +34,7 @@ from tokenselect.embedded import (
     first_line,
     quiet_transformers,
 )
-from tokenselect.hardware import half_is_slow
+from tokenselect.hardware import half_is_slow, pack_weights
 from tokenselect.memory import available_memory
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ def _load(source: _Source, dtype: str, device: str) -> LoadedModel:
         model.to(torch.device(device))
     except RuntimeError as error:  # not enough memory, above all
         raise ModelError(f"{source.name} cannot be put on {device}: {first_line(error)}") from error
+    pack_weights(model)
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, source.name, window)
 
 

@@ -37,6 +37,18 @@ def test_linear(rows: int, inside: int, outside: int, dtype: torch.dtype) -> Non
     torch.testing.assert_close(cpu.linear(x[None], weight)[0].double(), expected - bias.double(), atol=0.03, rtol=0.03)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=shapes)
+def test_layers_of_one_input_are_those_alone(dtype: torch.dtype) -> None:
+    x, bias, none = torch.randn(2, 48).to(dtype), torch.randn(70).to(dtype), torch.empty(0, dtype=dtype)
+    weights = [torch.randn(size, 48).to(dtype) for size in (70, 1, 129)]
+    biases = [bias, none, none]
+    alone = [torch.ops.tokenselect.linear(x, *part) for part in zip(weights, biases, strict=True)]
+    both = torch.ops.tokenselect.linear2(x, weights[0], bias, weights[1], none)
+    three = torch.ops.tokenselect.linear3(x, weights[0], bias, weights[1], none, weights[2], none)
+    assert all(map(torch.equal, both, alone))
+    assert all(map(torch.equal, three, alone))
+
+
 def test_linear_does_not_depend_on_the_number_of_threads() -> None:
     x, weight, before = torch.randn(1, 576), torch.randn(5000, 576), torch.get_num_threads()
     try:

@@ -156,6 +156,7 @@ def _trace_layer(
     graph = module.graph
     _leave_out_rotation(graph, module, identity)
     _fuse_norms(graph, module, ops)
+    _join_linears(graph)
     graph.eliminate_dead_code()
     cache_layer = _take_cache_layer(graph)
     inputs = _take_tensors(graph, module, _tensors_of(layer), cache_layer)
@@ -263,6 +264,29 @@ def _norm_around(rsqrt: fx.Node, constants: dict[fx.Node, Tensor]) -> tuple[fx.N
     if not weight or not _looks_like(x, end) or constants[weight].shape != x.meta["val"].shape[-1:]:
         return None
     return (end, x, weight, add.args[1]) if constants[weight].dtype == x.meta["val"].dtype else None
+
+
+def _join_linears(graph: fx.Graph) -> None:
+    """Two or three linear layers of the same input are one operation."""
+    linear = torch.ops.tokenselect.linear.default
+    by_input: dict[Any, list[Any]] = {}
+    for node in graph.nodes:
+        if node.target is linear:
+            by_input.setdefault(node.args[0], []).append(node)
+    joined = {2: torch.ops.tokenselect.linear2, 3: torch.ops.tokenselect.linear3}
+    for x, nodes in by_input.items():
+        if len(nodes) not in joined:
+            continue
+        tensors = [part for node in nodes for part in node.args[1:]]
+        for tensor in tensors:  # weights are there from the start
+            if nodes[0] < tensor:
+                nodes[0].prepend(tensor)
+        with graph.inserting_before(nodes[0]):
+            outs = graph.call_function(joined[len(nodes)].default, (x, *tensors))
+            parts = [graph.call_function(operator.getitem, (outs, i)) for i in range(len(nodes))]
+        for node, part in zip(nodes, parts, strict=True):
+            node.replace_all_uses_with(part)
+            graph.erase_node(node)
 
 
 def _made_by(node: Any, target: Any) -> Any:

@@ -37,6 +37,9 @@ _SCHEMAS = (
     "Tensor slot_start_loc, Tensor cos, Tensor sin, float scale, bool interleaved, float softcap, "
     "Tensor sink_logits, Tensor(a!) out) -> ()",
     "linear(Tensor rows, Tensor weight, Tensor bias) -> Tensor",
+    "linear2(Tensor rows, Tensor weight0, Tensor bias0, Tensor weight1, Tensor bias1) -> (Tensor, Tensor)",
+    "linear3(Tensor rows, Tensor weight0, Tensor bias0, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) "
+    "-> (Tensor, Tensor, Tensor)",
     "rms_norm(Tensor rows, Tensor weight, float epsilon) -> Tensor",
     "quantize_rows(Tensor rows, Tensor center, Tensor(a!) integers, Tensor(b!) scales) -> ()",
 )
@@ -87,7 +90,7 @@ def _load() -> ctypes.CDLL:
         function.restype = ctypes.c_char_p
     for schema in _SCHEMAS:
         _definitions.define(schema)  # type: ignore[no-untyped-call]
-        fake = _fake if schema.endswith("()") else _fake_rows
+        fake = _fake if schema.endswith("()") else _fake_layers if schema.endswith(")") else _fake_rows
         torch.library.register_fake(f"tokenselect::{schema.split('(')[0]}", fake, lib=_definitions)
     return library
 
@@ -102,6 +105,11 @@ def _fake(*args: object) -> None:
 def _fake_rows(rows: Tensor, weight: Tensor, *args: object) -> Tensor:
     """An operation that makes rows as long as the weight's first dimension."""
     return rows.new_empty((*rows.shape[:-1], weight.shape[0]))
+
+
+def _fake_layers(rows: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+    """Linear layers of the same rows: weights and biases take turns."""
+    return tuple(_fake_rows(rows, weight) for weight in args[::2])
 
 
 def instruction_sets() -> list[str]:
