@@ -1,0 +1,182 @@
+"""Sparse attention on a GPU: which kernel serves which block."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from tokenselect.ops.gpu.attention_kernels import attend_few, attend_many, gather_rotated, join_splits
+from tokenselect.ops.gpu.bounds import on_device, on_host
+
+_MOST_ROWS = 64  # queries times heads of a group that gather for themselves
+_PROGRAMS = 264  # that fill a chip, about
+_FEW_KEYS = 64  # per step of a program with few queries
+_GATHER = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Blocks that one kernel serves.
+
+    Attributes:
+        ids: their places in the batch.
+        most_queries: of a block.
+        most_slots: of a block.
+        num_slots: of all of them.
+        starts: where each one's slots begin among those of these blocks.
+    """
+
+    ids: tuple[int, ...]
+    most_queries: int
+    most_slots: int
+    num_slots: int
+    starts: tuple[int, ...]
+
+
+def sparse_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_start_loc: Tensor,
+    slots: Tensor,
+    slot_start_loc: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    *,
+    interleaved: bool = False,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """See `ops.reference.sparse_attention`."""
+    query_bounds, slot_bounds = tuple(on_host(query_start_loc)), tuple(on_host(slot_start_loc))
+    few, many = _split(query_bounds, slot_bounds, queries.shape[1] // keys.shape[1])
+    queries = queries.contiguous()
+    has_padding = query_bounds[0] > 0 or query_bounds[-1] < queries.shape[0]
+    out = torch.zeros_like(queries) if has_padding else torch.empty_like(queries)
+    call = _Call(
+        queries,
+        _rows(keys),
+        _rows(values),
+        on_device(query_bounds, keys.device),
+        slots,
+        on_device(slot_bounds, keys.device),
+        cos.contiguous(),
+        sin.contiguous(),
+        scale,
+        interleaved,
+        softcap,
+        None if sink_logits is None else sink_logits.float().contiguous(),
+        out,
+    )
+    if few.ids:
+        call.attend_few(few)
+    if many.ids:
+        call.attend_many(many)
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def _split(query_bounds: tuple[int, ...], slot_bounds: tuple[int, ...], group: int) -> tuple[_Blocks, _Blocks]:
+    """Blocks of few queries, and of many; those without queries are nobody's."""
+    sizes = [b - a for a, b in zip(query_bounds[:-1], query_bounds[1:], strict=True)]
+    few = [i for i, own in enumerate(sizes) if own and own * group <= max(_MOST_ROWS, group)]
+    many = [i for i, own in enumerate(sizes) if own * group > max(_MOST_ROWS, group)]
+
+    def blocks(ids: list[int]) -> _Blocks:
+        lengths = [slot_bounds[i + 1] - slot_bounds[i] for i in ids]
+        starts = list(accumulate(lengths, initial=0))
+        most_queries = max((sizes[i] for i in ids), default=0)
+        return _Blocks(tuple(ids), most_queries, max(lengths, default=0), starts[-1], tuple(starts[:-1]))
+
+    return blocks(few), blocks(many)
+
+
+def _rows(cache: Tensor) -> Tensor:
+    """The kernels take any strides between rows and heads, but whole vectors."""
+    return cache if cache.stride(2) == 1 else cache.contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Arguments of one call, checked and contiguous."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    query_start: Tensor
+    slots: Tensor
+    slot_start: Tensor
+    cos: Tensor
+    sin: Tensor
+    scale: float
+    interleaved: bool
+    softcap: float | None
+    sink_logits: Tensor | None
+    out: Tensor
+
+    def attend_few(self, blocks: _Blocks) -> None:
+        """Split the slots of every block over programs, then join what they found."""
+        (_, heads, dim), num_kv_heads, device = self.queries.shape, self.keys.shape[1], self.keys.device
+        group, count = heads // num_kv_heads, len(blocks.ids)
+        splits = max(1, min(_PROGRAMS // (count * num_kv_heads), -(-blocks.most_slots // _FEW_KEYS)))
+        rows, padded = max(16, _power_of_2(blocks.most_queries * group)), max(16, _power_of_2(dim))
+        parts = torch.empty((count, num_kv_heads, splits, rows, padded), dtype=torch.float32, device=device)
+        sums = torch.empty((count, num_kv_heads, splits, rows, 2), dtype=torch.float32, device=device)
+        ids = on_device(blocks.ids, device)
+        attend_few[count, num_kv_heads, splits](
+            self.queries, self.keys, self.values, self.slots, self.cos, self.sin, ids, self.query_start,
+            self.slot_start, parts, sums, self.scale, self.softcap or 1.0, *self._strides(), splits,
+            D=dim, DP=padded, HALF=self.cos.shape[1], GROUP=group, ROWS=rows, BLOCK_N=_FEW_KEYS,
+            INTERLEAVED=self.interleaved, HAS_CAP=bool(self.softcap), PRECISION=self._precision(), num_warps=4,
+            num_stages=2,
+        )  # fmt: skip
+        sinks = sums if self.sink_logits is None else self.sink_logits
+        join_splits[count, num_kv_heads, blocks.most_queries * group](
+            parts, sums, sinks, ids, self.query_start, self.out, splits,
+            D=dim, DP=padded, GROUP=group, ROWS=rows, SPLITS=_power_of_2(splits),
+            HAS_SINKS=self.sink_logits is not None, num_warps=4,
+        )  # fmt: skip
+
+    def attend_many(self, blocks: _Blocks) -> None:
+        """Gather and rotate once, then attend as if these rows were all there are."""
+        (_, heads, dim), num_kv_heads, device = self.queries.shape, self.keys.shape[1], self.keys.device
+        padded, count = max(16, _power_of_2(dim)), len(blocks.ids)
+        shape = (num_kv_heads, blocks.num_slots, padded)
+        keys, values = (torch.empty(shape, dtype=self.queries.dtype, device=device) for _ in range(2))
+        ids, starts = on_device(blocks.ids, device), on_device(blocks.starts, device)
+        gather_rotated[-(-blocks.most_slots // _GATHER), num_kv_heads, count](
+            self.keys, self.values, self.slots, self.cos, self.sin, ids, self.slot_start, starts, keys, values,
+            blocks.num_slots, *self._strides(),
+            D=dim, DP=padded, HALF=self.cos.shape[1], BLOCK_N=_GATHER, INTERLEAVED=self.interleaved, num_warps=4,
+        )  # fmt: skip
+        block_m, block_n, warps, stages = _tiles(self.queries.dtype, padded)
+        sinks = self.cos if self.sink_logits is None else self.sink_logits
+        attend_many[-(-blocks.most_queries // block_m), heads, count](
+            self.queries, keys, values, self.cos, self.sin, sinks, ids, self.query_start, self.slot_start, starts,
+            self.out, self.scale, self.softcap or 1.0, blocks.num_slots,
+            D=dim, DP=padded, HALF=self.cos.shape[1], GROUP=heads // num_kv_heads, BLOCK_M=block_m,
+            BLOCK_N=block_n, INTERLEAVED=self.interleaved, HAS_CAP=bool(self.softcap),
+            HAS_SINKS=self.sink_logits is not None, PRECISION=self._precision(), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    def _strides(self) -> tuple[int, int, int, int]:
+        return self.keys.stride(0), self.keys.stride(1), self.values.stride(0), self.values.stride(1)
+
+    def _precision(self) -> str:
+        return "ieee" if self.queries.dtype == torch.float32 else "tf32"
+
+
+def _tiles(dtype: torch.dtype, padded: int) -> tuple[int, int, int, int]:
+    """Queries and keys per step, warps and stages, so that shared memory and registers hold them."""
+    if dtype == torch.float32:
+        return (32, 32, 4, 2) if padded > 128 else (64, 32, 4, 2)
+    return (64, 32, 4, 2) if padded > 128 else (128, 64, 8, 3)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

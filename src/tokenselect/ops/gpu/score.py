@@ -1,0 +1,209 @@
+"""The soft vote on a GPU: how many programs share the keys, and what they leave for each other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenselect.ops.gpu.bounds import is_capturing, is_known, on_device, on_host, remember
+from tokenselect.ops.gpu.score_kernels import BY_TILE, BY_TOKEN, ONCE, reduce_rows, score_tiles, sum_votes
+from tokenselect.ops.paging import PageTable
+from tokenselect.ops.reference import Distances
+
+_MOST_ROWS = 64  # of one product with a tile of keys
+_MOST_WEIGHTS = 2**29  # exponentials kept at once: 1 GiB
+_MOST_TILES_EACH, _PROGRAMS = 32, 4096
+_VOTES_AT_ONCE = 256
+_ONCE, _BY_TILE, _BY_TOKEN = (how.value for how in (ONCE, BY_TILE, BY_TOKEN))
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """What the blocks of a forward pass look at, as far as the host must know it.
+
+    Attributes:
+        longest: positions of the longest context, of each block where they are known.
+        sharing: for each block, how many blocks from it on begin at the same token of the same sequence.
+        num_votes: candidates of all blocks.
+        start_loc: [num_blocks + 1] int64, where each block's votes begin.
+    """
+
+    longest: Sequence[int]
+    sharing: Sequence[int]
+    num_votes: int
+    start_loc: Tensor
+
+
+def score_tokens(
+    queries: Tensor,
+    keys: Tensor,
+    pages: PageTable,
+    sequences: Tensor,
+    candidates: Tensor,
+    distances: Sequence[Distances],
+    scale: float,
+    context: Tensor | None = None,
+    key_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.reference.score_tokens`."""
+    context = candidates if context is None else context
+    spans = _spans(sequences, candidates, context, pages)
+    votes = torch.empty(spans.num_votes, dtype=torch.float32, device=keys.device)
+    call = _Call(
+        queries.float().contiguous(),
+        keys if keys.stride(2) == 1 else keys.contiguous(),
+        key_scales,
+        pages,
+        sequences.contiguous(),
+        candidates.contiguous(),
+        context.contiguous(),
+        [_whole(view) for view in distances],
+        scale,
+    )
+    for part in _parts(spans, len(distances) * queries.shape[1]):
+        call.score(part, spans, votes)
+    return votes, spans.start_loc
+
+
+def _spans(sequences: Tensor, candidates: Tensor, context: Tensor, pages: PageTable) -> Spans:
+    if is_capturing(candidates) and not (is_known(candidates) and is_known(context) and is_known(sequences)):
+        return _bounded_spans(candidates, pages)
+    chosen, seen, of = on_host(candidates), on_host(context), on_host(sequences)
+    return _known_spans(tuple(chosen), tuple(seen), tuple(of), candidates.device)
+
+
+@functools.lru_cache(maxsize=8)
+def _known_spans(
+    candidates: tuple[int, ...], context: tuple[int, ...], sequences: tuple[int, ...], device: torch.device
+) -> Spans:
+    firsts = list(zip(sequences, context[::2], strict=True))
+    sharing = [1] * len(firsts)
+    for i in range(len(firsts) - 2, -1, -1):
+        sharing[i] = sharing[i + 1] + 1 if firsts[i] == firsts[i + 1] else 1
+    start_loc = [0]
+    for low, high in zip(candidates[::2], candidates[1::2], strict=True):
+        start_loc.append(start_loc[-1] + high - low)
+    longest = [end - start for start, end in zip(context[::2], context[1::2], strict=True)]
+    uploaded = torch.tensor(start_loc, dtype=torch.int64, device=device)
+    remember(uploaded, start_loc)
+    return Spans(longest, sharing, start_loc[-1], uploaded)
+
+
+def _bounded_spans(candidates: Tensor, pages: PageTable) -> Spans:
+    """For a CUDA graph, whose replays may look at longer contexts: everything as large as the cache allows."""
+    blocks, longest = candidates.shape[0], pages.pages.shape[1] * pages.page_size
+    start_loc = torch.nn.functional.pad((candidates[:, 1] - candidates[:, 0]).cumsum(0), (1, 0))
+    return Spans([longest] * blocks, [1] * blocks, blocks * longest, start_loc)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Blocks `first .. last - 1`, `together` of which share each read of the keys."""
+
+    first: int
+    last: int
+    together: int
+
+
+def _parts(spans: Spans, rows_each: int) -> Iterator[_Part]:
+    """Blocks whose exponentials fit in memory together; those that share keys stay together."""
+    first = 0
+    while first < len(spans.longest):
+        room = max(1, _MOST_WEIGHTS // max(1, rows_each * max(spans.longest[first:])))
+        shared = spans.sharing[first]
+        if shared > 1:
+            last = first + min(shared, room)
+        else:
+            alone = next((i for i in range(first, len(spans.sharing)) if spans.sharing[i] > 1), len(spans.sharing))
+            last = min(alone, first + room)
+        yield _Part(first, last, last - first if shared > 1 else 1)
+        first = last
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Arguments of one call, checked and contiguous."""
+
+    queries: Tensor
+    keys: Tensor
+    key_scales: Tensor | None
+    pages: PageTable
+    sequences: Tensor
+    candidates: Tensor
+    context: Tensor
+    views: list[Distances]
+    scale: float
+
+    def score(self, part: _Part, spans: Spans, votes: Tensor) -> None:
+        """Fill in the votes of some blocks."""
+        (_, heads, dim), num_kv_heads, device = self.queries.shape, self.keys.shape[1], self.keys.device
+        blocks, group_pad = part.last - part.first, _power_of_2(heads // num_kv_heads)
+        block_t, hows = _tile(self.views, self.queries.shape[0])
+        together = 1 if _BY_TOKEN in hows else max(1, min(_power_of_2(part.together), _MOST_ROWS // group_pad))
+        group_pad = max(group_pad, 16 // together)
+        num_tiles = max(1, -(-max(spans.longest[part.first : part.last]) // block_t))
+        groups = -(-blocks // together)
+        tiles_each = max(4, min(_MOST_TILES_EACH, num_tiles * num_kv_heads * groups // _PROGRAMS))
+        shares = -(-num_tiles // tiles_each)
+
+        rows = blocks * len(self.views) * heads
+        exact = self.keys.dtype == torch.float32
+        kept = torch.float32 if exact else torch.float16
+        weights = torch.empty((rows, num_tiles * block_t), dtype=kept, device=device)
+        peaks = torch.empty((rows, num_tiles), dtype=torch.float32, device=device)
+        stats = torch.empty((rows, shares, 3), dtype=torch.float32, device=device)
+        totals = torch.empty((rows, 3), dtype=torch.float32, device=device)
+
+        own = slice(part.first, part.last)
+        candidates, context = self.candidates[own], self.context[own]
+        first, second = self.views[0], self.views[-1]
+        scales = self.keys if self.key_scales is None else self.key_scales
+        score_tiles[groups, num_kv_heads, shares](
+            self.queries[own], self.keys, scales, self.pages.pages, on_device(self.pages.padding, device),
+            self.sequences[own], candidates, context,
+            first.cos, first.sin, first.run_start_loc[part.first :],
+            second.cos, second.sin, second.run_start_loc[part.first :],
+            weights, peaks, stats,
+            self.scale, blocks, num_tiles, tiles_each, self.pages.page_size, first.run_size, second.run_size,
+            self.keys.stride(0), self.keys.stride(1), scales.stride(0), scales.stride(1), self.pages.pages.stride(0),
+            D=dim, DP=max(16, _power_of_2(dim)), HALF=first.cos.shape[1], GROUP=heads // num_kv_heads,
+            GROUP_PAD=group_pad, BLOCKS=together, BLOCK_T=block_t, VIEWS=len(self.views), HOW_0=hows[0],
+            HOW_1=hows[-1], ONE_PAGE=self.pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
+            INTERLEAVED=first.interleaved, PRECISION="ieee" if exact else "tf32", num_warps=4, num_stages=3,
+        )  # fmt: skip
+        rows_each = len(self.views) * heads
+        reduce_rows[rows,](
+            stats, totals, context, shares, tiles_each * block_t, ROWS_EACH=rows_each, BLOCK=256, num_warps=4
+        )
+        sum_votes[blocks, -(-num_tiles * block_t // _VOTES_AT_ONCE)](
+            weights, peaks, totals, candidates, context, spans.start_loc[part.first :], votes, num_tiles,
+            HEADS=heads, HEADS_PAD=_power_of_2(heads), VIEWS=len(self.views), BLOCK_T=block_t,
+            BLOCK=_VOTES_AT_ONCE, ROWS=min(8, _power_of_2(rows_each)), num_warps=4,
+        )  # fmt: skip
+
+
+def _whole(view: Distances) -> Distances:
+    if view.cos.is_contiguous() and view.sin.is_contiguous():
+        return view
+    return Distances(
+        view.cos.contiguous(), view.sin.contiguous(), view.run_size, view.run_start_loc, view.interleaved
+    )
+
+
+def _tile(views: Sequence[Distances], num_blocks: int) -> tuple[int, list[int]]:
+    """Keys per tile, and how each view rotates: a tile should not cut a run."""
+    sizes = [view.run_size for view in views if view.cos.shape[0] != num_blocks]
+    block_t = next((n for n in (64, 32, 16) if all(size % n == 0 for size in sizes)), 64)
+    hows = []
+    for view in views:
+        alike = _BY_TILE if view.run_size % block_t == 0 else _BY_TOKEN
+        hows.append(_ONCE if view.cos.shape[0] == num_blocks else alike)
+    return block_t, hows
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
