@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Votes add up to 2 a block; exponentials of 16-bit keys are kept in half precision and queries are rounded to the keys'
@@ -28,6 +28,24 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOTES = 2e-4
 ROUNDED_VOTES = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 ATTENTION = {torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}
+
+
+@pytest.fixture(autouse=True)
+def _interpreted_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter multiplies the bits of bfloat16 as if they were integers: widen them first."""
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar.name != "bf16":
+            return handle
+        return interpreter.TensorHandle((handle.data.astype("uint32") << 16).view("float32"), triton.language.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return multiply(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def moved(value: Any, device: torch.device = DEVICE) -> Any:

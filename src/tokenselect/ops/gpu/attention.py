@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenselect.ops.gpu.attention_kernels import attend_few, attend_many, gather_rotated, join_splits
-from tokenselect.ops.gpu.bounds import on_device, on_host
+from tokenselect.ops.gpu.bounds import on_device, on_host, precision
 
 _MOST_ROWS = 64  # queries times heads of a group that gather for themselves
 _PROGRAMS = 264  # that fill a chip, about
@@ -132,8 +132,8 @@ class _Call:
             self.queries, self.keys, self.values, self.slots, self.cos, self.sin, ids, self.query_start,
             self.slot_start, parts, sums, self.scale, self.softcap or 1.0, *self._strides(), splits,
             D=dim, DP=padded, HALF=self.cos.shape[1], GROUP=group, ROWS=rows, BLOCK_N=_FEW_KEYS,
-            INTERLEAVED=self.interleaved, HAS_CAP=bool(self.softcap), PRECISION=self._precision(), num_warps=4,
-            num_stages=2,
+            INTERLEAVED=self.interleaved, HAS_CAP=bool(self.softcap), PRECISION=precision(self.queries), num_warps=4,
+            num_stages=1,
         )  # fmt: skip
         sinks = sums if self.sink_logits is None else self.sink_logits
         join_splits[count, num_kv_heads, blocks.most_queries * group](
@@ -161,14 +161,11 @@ class _Call:
             self.out, self.scale, self.softcap or 1.0, blocks.num_slots,
             D=dim, DP=padded, HALF=self.cos.shape[1], GROUP=heads // num_kv_heads, BLOCK_M=block_m,
             BLOCK_N=block_n, INTERLEAVED=self.interleaved, HAS_CAP=bool(self.softcap),
-            HAS_SINKS=self.sink_logits is not None, PRECISION=self._precision(), num_warps=warps, num_stages=stages,
+            HAS_SINKS=self.sink_logits is not None, PRECISION=precision(self.queries), num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
     def _strides(self) -> tuple[int, int, int, int]:
         return self.keys.stride(0), self.keys.stride(1), self.values.stride(0), self.values.stride(1)
-
-    def _precision(self) -> str:
-        return "ieee" if self.queries.dtype == torch.float32 else "tf32"
 
 
 def _tiles(dtype: torch.dtype, padded: int) -> tuple[int, int, int, int]:

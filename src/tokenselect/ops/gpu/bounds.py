@@ -64,3 +64,10 @@ def _uploaded(values: tuple[int, ...], device: torch.device) -> Tensor:
 def is_capturing(tensor: Tensor) -> bool:
     """Whether a CUDA graph is being recorded, in which nobody may wait for the device."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def precision(operand: Tensor) -> str:
+    """How `tl.dot` multiplies: float32 in three parts of matrix units, on AMD one by one; others as they are."""
+    if operand.dtype != torch.float32:
+        return "tf32"
+    return "tf32x3" if torch.version.hip is None else "ieee"

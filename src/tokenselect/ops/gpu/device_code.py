@@ -5,17 +5,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["load_rotated", "load_rotation", "rotary_pairs", "slots_of"]
+__all__ = ["first_slot", "load_rotated", "load_rotation", "rotary_pairs", "slots_of"]
 
 
 @triton.jit
-def slots_of(positions, page_row, page_size, padding, is_token, ONE_PAGE: tl.constexpr):
-    """Rows of the cache that hold `positions` (int64) of a sequence whose pages begin at `page_row`."""
-    padded = positions + padding
+def slots_of(positions, page_row, page_size, start, is_token, ONE_PAGE: tl.constexpr):
+    """Rows of the cache that hold `positions` of a sequence whose pages begin at `page_row`.
+
+    `start` is what `first_slot` made of the first position.
+    """
     if ONE_PAGE:
-        return tl.load(page_row) * page_size + padded
+        return start + positions
+    padded = start + positions
     page = tl.load(page_row + padded // page_size, mask=is_token, other=0)
     return page * page_size + padded % page_size
+
+
+@triton.jit
+def first_slot(page_row, page_size, padding, begin, ONE_PAGE: tl.constexpr):
+    """Where the position `begin` lies: its row in the cache, or counted over the sequence's pages."""
+    if ONE_PAGE:
+        return tl.load(page_row) * page_size + padding + begin
+    return padding + begin
 
 
 @triton.jit

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenselect.ops.gpu.bounds import is_capturing, is_known, on_device, on_host, remember
+from tokenselect.ops.gpu.bounds import is_capturing, is_known, on_device, on_host, precision, remember
 from tokenselect.ops.gpu.score_kernels import BY_TILE, BY_TOKEN, ONCE, reduce_rows, score_tiles, sum_votes
 from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import Distances
 
-_MOST_ROWS = 64  # of one product with a tile of keys
+_MOST_ROWS = 32  # of one product with a tile of keys
+_WARPS, _STAGES = 4, 3
 _MOST_WEIGHTS = 2**29  # exponentials kept at once: 1 GiB
 _MOST_TILES_EACH, _PROGRAMS = 32, 4096
 _VOTES_AT_ONCE = 256
@@ -143,7 +144,9 @@ class _Call:
         (_, heads, dim), num_kv_heads, device = self.queries.shape, self.keys.shape[1], self.keys.device
         blocks, group_pad = part.last - part.first, _power_of_2(heads // num_kv_heads)
         block_t, hows = _tile(self.views, self.queries.shape[0])
-        together = 1 if _BY_TOKEN in hows else max(1, min(_power_of_2(part.together), _MOST_ROWS // group_pad))
+        exact = self.keys.dtype == torch.float32
+        most_rows = 16 if exact else _MOST_ROWS
+        together = 1 if _BY_TOKEN in hows else max(1, min(_power_of_2(part.together), most_rows // group_pad))
         group_pad = max(group_pad, 16 // together)
         num_tiles = max(1, -(-max(spans.longest[part.first : part.last]) // block_t))
         groups = -(-blocks // together)
@@ -151,7 +154,6 @@ class _Call:
         shares = -(-num_tiles // tiles_each)
 
         rows = blocks * len(self.views) * heads
-        exact = self.keys.dtype == torch.float32
         kept = torch.float32 if exact else torch.float16
         weights = torch.empty((rows, num_tiles * block_t), dtype=kept, device=device)
         peaks = torch.empty((rows, num_tiles), dtype=torch.float32, device=device)
@@ -173,7 +175,8 @@ class _Call:
             D=dim, DP=max(16, _power_of_2(dim)), HALF=first.cos.shape[1], GROUP=heads // num_kv_heads,
             GROUP_PAD=group_pad, BLOCKS=together, BLOCK_T=block_t, VIEWS=len(self.views), HOW_0=hows[0],
             HOW_1=hows[-1], ONE_PAGE=self.pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
-            INTERLEAVED=first.interleaved, PRECISION="ieee" if exact else "tf32", num_warps=4, num_stages=3,
+            INTERLEAVED=first.interleaved, PRECISION=precision(self.keys), num_warps=_WARPS,
+            num_stages=1 if exact or _BY_TOKEN in hows else min(_STAGES, 2) if together > 1 else _STAGES,
         )  # fmt: skip
         rows_each = len(self.views) * heads
         reduce_rows[rows,](

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenselect.ops.gpu.device_code import load_rotation, rotary_pairs, slots_of
+from tokenselect.ops.gpu.device_code import first_slot, load_rotation, rotary_pairs, slots_of
 
 # How a view rotates: all keys alike, each tile alike, or every key on its own.
 ONCE = tl.constexpr(0)
@@ -111,13 +111,13 @@ def score_tiles(
     row_1 = row + num_kv * GROUP
     length = num_tiles * BLOCK_T
     page_row = pages + sequence * page_stride
-    pad = tl.load(padding + sequence)
+    start = first_slot(page_row, page_size, tl.load(padding + sequence), begin, ONE_PAGE)
     head_keys = keys + kv.to(tl.int64) * key_head_stride
 
     for tile in range(first_tile, last_tile):
         offset = tile * BLOCK_T + tl.arange(0, BLOCK_T)
         is_token = offset < longest
-        slot = slots_of(begin + offset, page_row, page_size, pad, is_token, ONE_PAGE)
+        slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
         token_keys = head_keys + slot * key_stride
         is_key = is_token[:, None] & (d < D)[None, :]
         k = tl.load(token_keys[:, None] + d[None, :], mask=is_key, other=0.0)
