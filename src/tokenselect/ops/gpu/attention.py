@@ -14,7 +14,7 @@ from tokenselect.ops.gpu.bounds import on_device, on_host, precision
 
 _MOST_ROWS = 64  # queries times heads of a group that gather for themselves
 _PROGRAMS = 264  # that fill a chip, about
-_FEW_KEYS = 64  # per step of a program with few queries
+_FEW_KEYS, _FEW_WARPS = 64, 4  # per step of a program with few queries
 _GATHER = 32
 
 
@@ -23,14 +23,14 @@ class _Blocks:
     """Blocks that one kernel serves.
 
     Attributes:
-        ids: their places in the batch.
+        bounds: four numbers each: first query, number of queries, first slot, number of slots.
         most_queries: of a block.
         most_slots: of a block.
         num_slots: of all of them.
         starts: where each one's slots begin among those of these blocks.
     """
 
-    ids: tuple[int, ...]
+    bounds: tuple[int, ...]
     most_queries: int
     most_slots: int
     num_slots: int
@@ -62,9 +62,7 @@ def sparse_attention(
         queries,
         _rows(keys),
         _rows(values),
-        on_device(query_bounds, keys.device),
         slots,
-        on_device(slot_bounds, keys.device),
         cos.contiguous(),
         sin.contiguous(),
         scale,
@@ -73,9 +71,9 @@ def sparse_attention(
         None if sink_logits is None else sink_logits.float().contiguous(),
         out,
     )
-    if few.ids:
+    if few.bounds:
         call.attend_few(few)
-    if many.ids:
+    if many.bounds:
         call.attend_many(many)
     return out
 
@@ -91,7 +89,8 @@ def _split(query_bounds: tuple[int, ...], slot_bounds: tuple[int, ...], group: i
         lengths = [slot_bounds[i + 1] - slot_bounds[i] for i in ids]
         starts = list(accumulate(lengths, initial=0))
         most_queries = max((sizes[i] for i in ids), default=0)
-        return _Blocks(tuple(ids), most_queries, max(lengths, default=0), starts[-1], tuple(starts[:-1]))
+        bounds = [at for i in ids for at in (query_bounds[i], sizes[i], slot_bounds[i], slot_bounds[i + 1] - slot_bounds[i])]
+        return _Blocks(tuple(bounds), most_queries, max(lengths, default=0), starts[-1], tuple(starts[:-1]))
 
     return blocks(few), blocks(many)
 
@@ -108,9 +107,7 @@ class _Call:
     queries: Tensor
     keys: Tensor
     values: Tensor
-    query_start: Tensor
     slots: Tensor
-    slot_start: Tensor
     cos: Tensor
     sin: Tensor
     scale: float
@@ -122,22 +119,22 @@ class _Call:
     def attend_few(self, blocks: _Blocks) -> None:
         """Split the slots of every block over programs, then join what they found."""
         (_, heads, dim), num_kv_heads, device = self.queries.shape, self.keys.shape[1], self.keys.device
-        group, count = heads // num_kv_heads, len(blocks.ids)
+        group, count = heads // num_kv_heads, len(blocks.starts)
         splits = max(1, min(_PROGRAMS // (count * num_kv_heads), -(-blocks.most_slots // _FEW_KEYS)))
         rows, padded = max(16, _power_of_2(blocks.most_queries * group)), max(16, _power_of_2(dim))
         parts = torch.empty((count, num_kv_heads, splits, rows, padded), dtype=torch.float32, device=device)
         sums = torch.empty((count, num_kv_heads, splits, rows, 2), dtype=torch.float32, device=device)
-        ids = on_device(blocks.ids, device)
+        bounds = on_device(blocks.bounds, device)
         attend_few[count, num_kv_heads, splits](
-            self.queries, self.keys, self.values, self.slots, self.cos, self.sin, ids, self.query_start,
-            self.slot_start, parts, sums, self.scale, self.softcap or 1.0, *self._strides(), splits,
+            self.queries, self.keys, self.values, self.slots, self.cos, self.sin, bounds,
+            parts, sums, self.scale, self.softcap or 1.0, *self._strides(), splits,
             D=dim, DP=padded, HALF=self.cos.shape[1], GROUP=group, ROWS=rows, BLOCK_N=_FEW_KEYS,
-            INTERLEAVED=self.interleaved, HAS_CAP=bool(self.softcap), PRECISION=precision(self.queries), num_warps=4,
+            INTERLEAVED=self.interleaved, HAS_CAP=bool(self.softcap), PRECISION=precision(self.queries), num_warps=_FEW_WARPS,
             num_stages=1,
         )  # fmt: skip
         sinks = sums if self.sink_logits is None else self.sink_logits
         join_splits[count, num_kv_heads, blocks.most_queries * group](
-            parts, sums, sinks, ids, self.query_start, self.out, splits,
+            parts, sums, sinks, bounds, self.out, splits,
             D=dim, DP=padded, GROUP=group, ROWS=rows, SPLITS=_power_of_2(splits),
             HAS_SINKS=self.sink_logits is not None, num_warps=4,
         )  # fmt: skip
@@ -145,19 +142,19 @@ class _Call:
     def attend_many(self, blocks: _Blocks) -> None:
         """Gather and rotate once, then attend as if these rows were all there are."""
         (_, heads, dim), num_kv_heads, device = self.queries.shape, self.keys.shape[1], self.keys.device
-        padded, count = max(16, _power_of_2(dim)), len(blocks.ids)
+        padded, count = max(16, _power_of_2(dim)), len(blocks.starts)
         shape = (num_kv_heads, blocks.num_slots, padded)
         keys, values = (torch.empty(shape, dtype=self.queries.dtype, device=device) for _ in range(2))
-        ids, starts = on_device(blocks.ids, device), on_device(blocks.starts, device)
+        bounds, starts = on_device(blocks.bounds, device), on_device(blocks.starts, device)
         gather_rotated[-(-blocks.most_slots // _GATHER), num_kv_heads, count](
-            self.keys, self.values, self.slots, self.cos, self.sin, ids, self.slot_start, starts, keys, values,
+            self.keys, self.values, self.slots, self.cos, self.sin, bounds, starts, keys, values,
             blocks.num_slots, *self._strides(),
             D=dim, DP=padded, HALF=self.cos.shape[1], BLOCK_N=_GATHER, INTERLEAVED=self.interleaved, num_warps=4,
         )  # fmt: skip
         block_m, block_n, warps, stages = _tiles(self.queries.dtype, padded)
         sinks = self.cos if self.sink_logits is None else self.sink_logits
         attend_many[-(-blocks.most_queries // block_m), heads, count](
-            self.queries, keys, values, self.cos, self.sin, sinks, ids, self.query_start, self.slot_start, starts,
+            self.queries, keys, values, self.cos, self.sin, sinks, bounds, starts,
             self.out, self.scale, self.softcap or 1.0, blocks.num_slots,
             D=dim, DP=padded, HALF=self.cos.shape[1], GROUP=heads // num_kv_heads, BLOCK_M=block_m,
             BLOCK_N=block_n, INTERLEAVED=self.interleaved, HAS_CAP=bool(self.softcap),

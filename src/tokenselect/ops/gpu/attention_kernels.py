@@ -47,8 +47,15 @@ def _with_sink(most, total, head, sink_logits, HAS_SINKS: tl.constexpr):
 
 
 @triton.jit
+def _bounds(blocks, b):
+    """Of a block: its first query, how many it has, its first slot, how many it attends."""
+    own = blocks + 4 * b
+    return tl.load(own), tl.load(own + 1).to(tl.int32), tl.load(own + 2), tl.load(own + 3).to(tl.int32)
+
+
+@triton.jit
 def attend_few(
-    queries, keys, values, slots, cos, sin, blocks, query_start, slot_start, parts, sums,
+    queries, keys, values, slots, cos, sin, blocks, parts, sums,
     scale, softcap, key_stride, key_head_stride, value_stride, value_head_stride, splits,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -57,13 +64,9 @@ def attend_few(
 
     Row r is query r // GROUP of the block, query head r % GROUP of the KV head.
     """
-    block = tl.load(blocks + tl.program_id(0))
     kv, split = tl.program_id(1), tl.program_id(2)
     num_kv = tl.num_programs(1)
-    first = tl.load(query_start + block)
-    own = (tl.load(query_start + block + 1) - first).to(tl.int32)
-    begin = tl.load(slot_start + block)
-    length = (tl.load(slot_start + block + 1) - begin).to(tl.int32)
+    first, own, begin, length = _bounds(blocks, tl.program_id(0))
     d = tl.arange(0, DP)
     r = tl.arange(0, ROWS)
     at = length - own + r // GROUP
@@ -98,17 +101,16 @@ def attend_few(
 
 @triton.jit
 def join_splits(
-    parts, sums, sink_logits, blocks, query_start, out, splits,
+    parts, sums, sink_logits, blocks, out, splits,
     D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """Grid [blocks, num_kv_heads, rows]: one row's output from its shares."""
-    block = tl.load(blocks + tl.program_id(0))
     kv, r = tl.program_id(1), tl.program_id(2)
     num_kv = tl.num_programs(1)
-    first = tl.load(query_start + block)
+    first, own, _, _ = _bounds(blocks, tl.program_id(0))
     query = first + r // GROUP
-    if query >= tl.load(query_start + block + 1):
+    if r // GROUP >= own:
         return
     s = tl.arange(0, SPLITS)
     d = tl.arange(0, DP)
@@ -126,15 +128,13 @@ def join_splits(
 
 @triton.jit
 def gather_rotated(
-    keys, values, slots, cos, sin, blocks, slot_start, buffer_start, key_buffer, value_buffer, size,
+    keys, values, slots, cos, sin, blocks, buffer_start, key_buffer, value_buffer, size,
     key_stride, key_head_stride, value_stride, value_head_stride,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Grid [tiles of the longest block, num_kv_heads, blocks]: keys, rotated, and values next to each other."""
     kv, b = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    block = tl.load(blocks + b)
-    begin = tl.load(slot_start + block)
-    length = (tl.load(slot_start + block + 1) - begin).to(tl.int32)
+    _, _, begin, length = _bounds(blocks, b)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if tl.program_id(0) * BLOCK_N >= length:
         return
@@ -153,7 +153,7 @@ def gather_rotated(
 
 @triton.jit
 def attend_many(
-    queries, key_buffer, value_buffer, cos, sin, sink_logits, blocks, query_start, slot_start, buffer_start, out,
+    queries, key_buffer, value_buffer, cos, sin, sink_logits, blocks, buffer_start, out,
     scale, softcap, size,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -162,10 +162,7 @@ def attend_many(
     """Grid [tiles of the longest block's queries, num_q_heads, blocks]: causal attention over gathered rows."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those that see most begin first
     head, b = tl.program_id(1), tl.program_id(2)
-    block = tl.load(blocks + b)
-    first = tl.load(query_start + block)
-    own = (tl.load(query_start + block + 1) - first).to(tl.int32)
-    length = (tl.load(slot_start + block + 1) - tl.load(slot_start + block)).to(tl.int32)
+    first, own, _, length = _bounds(blocks, b)
     if tile * BLOCK_M >= own:
         return
     d = tl.arange(0, DP)

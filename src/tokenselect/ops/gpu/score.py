@@ -14,11 +14,11 @@ from tokenselect.ops.gpu.score_kernels import BY_TILE, BY_TOKEN, ONCE, reduce_ro
 from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import Distances
 
-_MOST_ROWS = 32  # of one product with a tile of keys
+_LEAST_ROWS, _MOST_ROWS = 16, 32  # of one product with a tile of keys
 _WARPS, _STAGES = 4, 3
 _MOST_WEIGHTS = 2**29  # exponentials kept at once: 1 GiB
-_MOST_TILES_EACH, _PROGRAMS = 32, 4096
-_VOTES_AT_ONCE = 256
+_LEAST_TILES_EACH, _MOST_TILES_EACH, _PROGRAMS = 4, 32, 4096
+_TILES_SUMMED = 4
 _ONCE, _BY_TILE, _BY_TOKEN = (how.value for how in (ONCE, BY_TILE, BY_TOKEN))
 
 
@@ -51,17 +51,18 @@ def score_tokens(
     key_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.reference.score_tokens`."""
-    context = candidates if context is None else context
+    candidates = candidates.contiguous()
+    context = candidates if context is None else context.contiguous()
     spans = _spans(sequences, candidates, context, pages)
     votes = torch.empty(spans.num_votes, dtype=torch.float32, device=keys.device)
     call = _Call(
-        queries.float().contiguous(),
+        queries.contiguous(),
         keys if keys.stride(2) == 1 else keys.contiguous(),
         key_scales,
         pages,
         sequences.contiguous(),
-        candidates.contiguous(),
-        context.contiguous(),
+        candidates,
+        context,
         [_whole(view) for view in distances],
         scale,
     )
@@ -141,52 +142,85 @@ class _Call:
 
     def score(self, part: _Part, spans: Spans, votes: Tensor) -> None:
         """Fill in the votes of some blocks."""
-        (_, heads, dim), num_kv_heads, device = self.queries.shape, self.keys.shape[1], self.keys.device
-        blocks, group_pad = part.last - part.first, _power_of_2(heads // num_kv_heads)
-        block_t, hows = _tile(self.views, self.queries.shape[0])
-        exact = self.keys.dtype == torch.float32
-        most_rows = 16 if exact else _MOST_ROWS
-        together = 1 if _BY_TOKEN in hows else max(1, min(_power_of_2(part.together), most_rows // group_pad))
-        group_pad = max(group_pad, 16 // together)
+        blocks, heads, device = part.last - part.first, self.queries.shape[1], self.keys.device
+        block_t = _tile(self.views, self.queries.shape[0])
         num_tiles = max(1, -(-max(spans.longest[part.first : part.last]) // block_t))
-        groups = -(-blocks // together)
-        tiles_each = max(4, min(_MOST_TILES_EACH, num_tiles * num_kv_heads * groups // _PROGRAMS))
-        shares = -(-num_tiles // tiles_each)
-
-        rows = blocks * len(self.views) * heads
-        kept = torch.float32 if exact else torch.float16
+        rows_each = len(self.views) * heads
+        rows = blocks * rows_each
+        kept = torch.float32 if self.keys.dtype == torch.float32 else torch.float16
         weights = torch.empty((rows, num_tiles * block_t), dtype=kept, device=device)
         peaks = torch.empty((rows, num_tiles), dtype=torch.float32, device=device)
-        stats = torch.empty((rows, shares, 3), dtype=torch.float32, device=device)
         totals = torch.empty((rows, 3), dtype=torch.float32, device=device)
+        tiles_each = self._tiles_each(part, num_tiles)
+        stats = torch.empty((rows, -(-num_tiles // tiles_each), 3), dtype=torch.float32, device=device)
+        for launch in self._launches():
+            self._score_views(launch, part, block_t, tiles_each, weights, peaks, stats)
 
         own = slice(part.first, part.last)
         candidates, context = self.candidates[own], self.context[own]
-        first, second = self.views[0], self.views[-1]
-        scales = self.keys if self.key_scales is None else self.key_scales
-        score_tiles[groups, num_kv_heads, shares](
-            self.queries[own], self.keys, scales, self.pages.pages, on_device(self.pages.padding, device),
-            self.sequences[own], candidates, context,
-            first.cos, first.sin, first.run_start_loc[part.first :],
-            second.cos, second.sin, second.run_start_loc[part.first :],
-            weights, peaks, stats,
-            self.scale, blocks, num_tiles, tiles_each, self.pages.page_size, first.run_size, second.run_size,
-            self.keys.stride(0), self.keys.stride(1), scales.stride(0), scales.stride(1), self.pages.pages.stride(0),
-            D=dim, DP=max(16, _power_of_2(dim)), HALF=first.cos.shape[1], GROUP=heads // num_kv_heads,
-            GROUP_PAD=group_pad, BLOCKS=together, BLOCK_T=block_t, VIEWS=len(self.views), HOW_0=hows[0],
-            HOW_1=hows[-1], ONE_PAGE=self.pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
-            INTERLEAVED=first.interleaved, PRECISION=precision(self.keys), num_warps=_WARPS,
-            num_stages=1 if exact or _BY_TOKEN in hows else min(_STAGES, 2) if together > 1 else _STAGES,
-        )  # fmt: skip
-        rows_each = len(self.views) * heads
         reduce_rows[rows,](
-            stats, totals, context, shares, tiles_each * block_t, ROWS_EACH=rows_each, BLOCK=256, num_warps=4
+            stats, totals, context, stats.shape[1], tiles_each * block_t, ROWS_EACH=rows_each, BLOCK=256, num_warps=4
         )
-        sum_votes[blocks, -(-num_tiles * block_t // _VOTES_AT_ONCE)](
+        sum_votes[blocks, -(-num_tiles // _TILES_SUMMED)](
             weights, peaks, totals, candidates, context, spans.start_loc[part.first :], votes, num_tiles,
             HEADS=heads, HEADS_PAD=_power_of_2(heads), VIEWS=len(self.views), BLOCK_T=block_t,
-            BLOCK=_VOTES_AT_ONCE, ROWS=min(8, _power_of_2(rows_each)), num_warps=4,
+            TILES=_TILES_SUMMED, ROWS=min(8, _power_of_2(rows_each)), num_warps=4,
         )  # fmt: skip
+
+    def _tiles_each(self, part: _Part, num_tiles: int) -> int:
+        """Tiles per program: enough programs to fill the chip, few enough to be worth their start."""
+        groups = -(-(part.last - part.first) // part.together)
+        return max(_LEAST_TILES_EACH, min(_MOST_TILES_EACH, num_tiles * self.keys.shape[1] * groups // _PROGRAMS))
+
+    def _launches(self) -> Iterator[tuple[int, list[Distances], int]]:
+        """Views that one launch scores: the first one's index, the views, and how the last of them rotates."""
+        hows = [_how(view, self.views, self.queries.shape[0]) for view in self.views]
+        if len(self.views) == 2 and hows[0] == _ONCE and hows[1] != _BY_TOKEN:
+            yield 0, self.views, hows[1]
+        else:
+            yield from ((i, [view], hows[i]) for i, view in enumerate(self.views))
+
+    def _score_views(
+        self,
+        launch: tuple[int, list[Distances], int],
+        part: _Part,
+        block_t: int,
+        tiles_each: int,
+        weights: Tensor,
+        peaks: Tensor,
+        stats: Tensor,
+    ) -> None:
+        first_view, views, how = launch
+        first, last = views[0], views[-1]
+        group, dim = self.queries.shape[1] // self.keys.shape[1], self.queries.shape[2]
+        blocks, exact = part.last - part.first, self.keys.dtype == torch.float32
+        together, group_pad = _rows_together(part.together, group, len(views), exact, how)
+        own = slice(part.first, part.last)
+        scales = self.keys if self.key_scales is None else self.key_scales
+        score_tiles[-(-blocks // together), self.keys.shape[1], stats.shape[1]](
+            self.queries[own], self.keys, scales, self.pages.pages, on_device(self.pages.padding, self.keys.device),
+            self.sequences[own], self.candidates[own], self.context[own],
+            first.cos, first.sin, first.run_start_loc[part.first :],
+            last.cos, last.sin, last.run_start_loc[part.first :],
+            weights, peaks, stats,
+            self.scale, blocks, peaks.shape[1], tiles_each, self.pages.page_size, last.run_size,
+            self.keys.stride(0), self.keys.stride(1), scales.stride(0), scales.stride(1), self.pages.pages.stride(0),
+            first_view,
+            D=dim, DP=max(16, _power_of_2(dim)), HALF=first.cos.shape[1], GROUP=group, GROUP_PAD=group_pad,
+            BLOCKS=together, BLOCK_T=block_t, VIEWS=len(views), ALL_VIEWS=len(self.views), HOW=how,
+            ONE_PAGE=self.pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
+            INTERLEAVED=first.interleaved, HAS_CONTEXT=self.context is not self.candidates,
+            PRECISION=precision(self.keys), num_warps=_WARPS,
+            num_stages=1 if exact or how == _BY_TOKEN else 2 if together > 1 else _STAGES,
+        )  # fmt: skip
+
+
+def _rows_together(blocks: int, group: int, views: int, exact: bool, how: int) -> tuple[int, int]:
+    """How many blocks a product takes, and rows for each one's heads: whole tiles of matrix units."""
+    group_pad = _power_of_2(group)
+    room = (_LEAST_ROWS if exact else _MOST_ROWS) // (group_pad * views)
+    together = 1 if how == _BY_TOKEN else max(1, min(_power_of_2(blocks), room))
+    return together, max(group_pad, _LEAST_ROWS // (together * views))
 
 
 def _whole(view: Distances) -> Distances:
@@ -197,15 +231,17 @@ def _whole(view: Distances) -> Distances:
     )
 
 
-def _tile(views: Sequence[Distances], num_blocks: int) -> tuple[int, list[int]]:
-    """Keys per tile, and how each view rotates: a tile should not cut a run."""
+def _tile(views: Sequence[Distances], num_blocks: int) -> int:
+    """Keys per tile: it should not cut a run."""
     sizes = [view.run_size for view in views if view.cos.shape[0] != num_blocks]
-    block_t = next((n for n in (64, 32, 16) if all(size % n == 0 for size in sizes)), 64)
-    hows = []
-    for view in views:
-        alike = _BY_TILE if view.run_size % block_t == 0 else _BY_TOKEN
-        hows.append(_ONCE if view.cos.shape[0] == num_blocks else alike)
-    return block_t, hows
+    return next((n for n in (64, 32, 16) if all(size % n == 0 for size in sizes)), 64)
+
+
+def _how(view: Distances, views: Sequence[Distances], num_blocks: int) -> int:
+    """How a view rotates (see `score_kernels`)."""
+    if view.cos.shape[0] == num_blocks:
+        return _ONCE
+    return _BY_TOKEN if view.run_size % _tile(views, num_blocks) else _BY_TILE
 
 
 def _power_of_2(n: int) -> int:
