@@ -16,8 +16,9 @@ from tokenselect.ops.reference import Distances
 
 _LEAST_ROWS, _MOST_ROWS = 16, 32  # of one product with a tile of keys
 _WARPS, _STAGES = 4, 3
+_OPTIONS: dict[str, int] = {}
 _MOST_WEIGHTS = 2**29  # exponentials kept at once: 1 GiB
-_LEAST_TILES_EACH, _MOST_TILES_EACH, _PROGRAMS = 4, 32, 4096
+_MOST_TILES_EACH, _PROGRAMS = 32, 2048
 _TILES_SUMMED = 4
 _ONCE, _BY_TILE, _BY_TOKEN = (how.value for how in (ONCE, BY_TILE, BY_TOKEN))
 
@@ -127,6 +128,16 @@ def _parts(spans: Spans, rows_each: int) -> Iterator[_Part]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of one product: (view, block, head of the group), heads padded to a power of 2."""
+
+    group: int
+    group_pad: int
+    blocks: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Call:
     """Arguments of one call, checked and contiguous."""
 
@@ -142,85 +153,80 @@ class _Call:
 
     def score(self, part: _Part, spans: Spans, votes: Tensor) -> None:
         """Fill in the votes of some blocks."""
-        blocks, heads, device = part.last - part.first, self.queries.shape[1], self.keys.device
-        block_t = _tile(self.views, self.queries.shape[0])
+        num_kv_heads, device = self.keys.shape[1], self.keys.device
+        launches, block_t = self._launches(), _tile(self.views, self.queries.shape[0])
+        shape = self._rows(part, launches)
+        groups = -(-(part.last - part.first) // shape.blocks)
         num_tiles = max(1, -(-max(spans.longest[part.first : part.last]) // block_t))
-        rows_each = len(self.views) * heads
-        rows = blocks * rows_each
+        tiles_each = max(1, min(_MOST_TILES_EACH, num_tiles * num_kv_heads * groups // _PROGRAMS))
+        shares = -(-num_tiles // tiles_each)
         kept = torch.float32 if self.keys.dtype == torch.float32 else torch.float16
-        weights = torch.empty((rows, num_tiles * block_t), dtype=kept, device=device)
-        peaks = torch.empty((rows, num_tiles), dtype=torch.float32, device=device)
-        totals = torch.empty((rows, 3), dtype=torch.float32, device=device)
-        tiles_each = self._tiles_each(part, num_tiles)
-        stats = torch.empty((rows, -(-num_tiles // tiles_each), 3), dtype=torch.float32, device=device)
-        for launch in self._launches():
-            self._score_views(launch, part, block_t, tiles_each, weights, peaks, stats)
+        places = (len(launches), groups, num_kv_heads)
+        weights = torch.empty((*places, num_tiles * block_t, shape.rows), dtype=kept, device=device)
+        peaks = torch.empty((*places, num_tiles, shape.rows), dtype=torch.float32, device=device)
+        stats = torch.empty((*places, shares, shape.rows, 3), dtype=torch.float32, device=device)
+        totals = torch.empty((*places, shape.rows, 3), dtype=torch.float32, device=device)
 
-        own = slice(part.first, part.last)
+        blocks, own = part.last - part.first, slice(part.first, part.last)
         candidates, context = self.candidates[own], self.context[own]
-        reduce_rows[rows,](
-            stats, totals, context, stats.shape[1], tiles_each * block_t, ROWS_EACH=rows_each, BLOCK=256, num_warps=4
-        )
-        sum_votes[blocks, -(-num_tiles // _TILES_SUMMED)](
-            weights, peaks, totals, candidates, context, spans.start_loc[part.first :], votes, num_tiles,
-            HEADS=heads, HEADS_PAD=_power_of_2(heads), VIEWS=len(self.views), BLOCK_T=block_t,
-            TILES=_TILES_SUMMED, ROWS=min(8, _power_of_2(rows_each)), num_warps=4,
+        for i, launch in enumerate(launches):
+            self._score_views(launch, shape, own, block_t, tiles_each, weights[i], peaks[i], stats[i])
+            reduce_rows[groups, num_kv_heads, shape.rows](
+                stats[i], totals[i], context, blocks, shares, tiles_each * block_t, BLOCKS=shape.blocks,
+                ROWS=shape.rows, GROUP_PAD=shape.group_pad, BLOCK=256, num_warps=4,
+            )  # fmt: skip
+        sum_votes[groups, -(-num_tiles // _TILES_SUMMED)](
+            weights, peaks, totals, candidates, context, spans.start_loc[part.first :], votes, blocks, num_tiles, groups,
+            KV=num_kv_heads, KV_PAD=_power_of_2(num_kv_heads), GROUP=shape.group, GROUP_PAD=shape.group_pad,
+            BLOCKS=shape.blocks, LAUNCHES=len(launches), ROWS=shape.rows, BLOCK_T=block_t, TILES=_TILES_SUMMED,
+            num_warps=4,
         )  # fmt: skip
 
-    def _tiles_each(self, part: _Part, num_tiles: int) -> int:
-        """Tiles per program: enough programs to fill the chip, few enough to be worth their start."""
-        groups = -(-(part.last - part.first) // part.together)
-        return max(_LEAST_TILES_EACH, min(_MOST_TILES_EACH, num_tiles * self.keys.shape[1] * groups // _PROGRAMS))
-
-    def _launches(self) -> Iterator[tuple[int, list[Distances], int]]:
-        """Views that one launch scores: the first one's index, the views, and how the last of them rotates."""
+    def _launches(self) -> list[tuple[list[Distances], int]]:
+        """Views that one launch scores, and how the last of them rotates."""
         hows = [_how(view, self.views, self.queries.shape[0]) for view in self.views]
         if len(self.views) == 2 and hows[0] == _ONCE and hows[1] != _BY_TOKEN:
-            yield 0, self.views, hows[1]
-        else:
-            yield from ((i, [view], hows[i]) for i, view in enumerate(self.views))
+            return [(self.views, hows[1])]
+        return [([view], how) for view, how in zip(self.views, hows, strict=True)]
+
+    def _rows(self, part: _Part, launches: list[tuple[list[Distances], int]]) -> _Rows:
+        group, views = self.queries.shape[1] // self.keys.shape[1], len(launches[0][0])
+        alone = any(how == _BY_TOKEN for _, how in launches)
+        most = _LEAST_ROWS if self.keys.dtype == torch.float32 else _MOST_ROWS
+        group_pad = _power_of_2(group)
+        blocks = 1 if alone else max(1, min(_power_of_2(part.together), most // (group_pad * views)))
+        group_pad = max(group_pad, _LEAST_ROWS // (blocks * views))
+        return _Rows(group, group_pad, blocks, views * blocks * group_pad)
 
     def _score_views(
         self,
-        launch: tuple[int, list[Distances], int],
-        part: _Part,
+        launch: tuple[list[Distances], int],
+        shape: _Rows,
+        own: slice,
         block_t: int,
         tiles_each: int,
         weights: Tensor,
         peaks: Tensor,
         stats: Tensor,
     ) -> None:
-        first_view, views, how = launch
-        first, last = views[0], views[-1]
-        group, dim = self.queries.shape[1] // self.keys.shape[1], self.queries.shape[2]
-        blocks, exact = part.last - part.first, self.keys.dtype == torch.float32
-        together, group_pad = _rows_together(part.together, group, len(views), exact, how)
-        own = slice(part.first, part.last)
+        views, how = launch
+        first, last, pages = views[0], views[-1], self.pages
         scales = self.keys if self.key_scales is None else self.key_scales
-        score_tiles[-(-blocks // together), self.keys.shape[1], stats.shape[1]](
-            self.queries[own], self.keys, scales, self.pages.pages, on_device(self.pages.padding, self.keys.device),
+        dim, exact = self.queries.shape[2], self.keys.dtype == torch.float32
+        score_tiles[peaks.shape[0], peaks.shape[1], stats.shape[2]](
+            self.queries[own], self.keys, scales, pages.pages, on_device(pages.padding, self.keys.device),
             self.sequences[own], self.candidates[own], self.context[own],
-            first.cos, first.sin, first.run_start_loc[part.first :],
-            last.cos, last.sin, last.run_start_loc[part.first :],
+            first.cos, first.sin, first.run_start_loc[own.start :], last.cos, last.sin, last.run_start_loc[own.start :],
             weights, peaks, stats,
-            self.scale, blocks, peaks.shape[1], tiles_each, self.pages.page_size, last.run_size,
-            self.keys.stride(0), self.keys.stride(1), scales.stride(0), scales.stride(1), self.pages.pages.stride(0),
-            first_view,
-            D=dim, DP=max(16, _power_of_2(dim)), HALF=first.cos.shape[1], GROUP=group, GROUP_PAD=group_pad,
-            BLOCKS=together, BLOCK_T=block_t, VIEWS=len(views), ALL_VIEWS=len(self.views), HOW=how,
-            ONE_PAGE=self.pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
+            self.scale, own.stop - own.start, peaks.shape[2], tiles_each, pages.page_size, last.run_size,
+            self.keys.stride(0), self.keys.stride(1), scales.stride(0), scales.stride(1), pages.pages.stride(0),
+            D=dim, DP=max(16, _power_of_2(dim)), HALF=first.cos.shape[1], GROUP=shape.group,
+            GROUP_PAD=shape.group_pad, BLOCKS=shape.blocks, BLOCK_T=block_t, VIEWS=len(views), HOW=how,
+            ONE_PAGE=pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
             INTERLEAVED=first.interleaved, HAS_CONTEXT=self.context is not self.candidates,
-            PRECISION=precision(self.keys), num_warps=_WARPS,
-            num_stages=1 if exact or how == _BY_TOKEN else 2 if together > 1 else _STAGES,
+            PRECISION=precision(self.keys), num_warps=_WARPS, **_OPTIONS,
+            num_stages=1 if exact or how == _BY_TOKEN else 2 if shape.blocks > 1 else _STAGES,
         )  # fmt: skip
-
-
-def _rows_together(blocks: int, group: int, views: int, exact: bool, how: int) -> tuple[int, int]:
-    """How many blocks a product takes, and rows for each one's heads: whole tiles of matrix units."""
-    group_pad = _power_of_2(group)
-    room = (_LEAST_ROWS if exact else _MOST_ROWS) // (group_pad * views)
-    together = 1 if how == _BY_TOKEN else max(1, min(_power_of_2(blocks), room))
-    return together, max(group_pad, _LEAST_ROWS // (together * views))
 
 
 def _whole(view: Distances) -> Distances:

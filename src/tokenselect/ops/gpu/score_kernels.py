@@ -1,8 +1,10 @@
 """Kernels of the soft vote: one read of the keys, then sums of what it left.
 
-`score_tiles` takes the logits of all heads against a tile of keys and leaves exponentials under the tile's own
-maximum; `reduce_rows` finds every row's maximum and sums; `sum_votes` adds the heads. A row is one query head of one
-block under one view of the distances: row = (block * VIEWS + view) * num_q_heads + head.
+`score_tiles` takes the logits of all heads against a tile of keys and leaves powers of 2 under the tile's own maximum;
+`reduce_rows` finds every row's maximum and sums; `sum_votes` adds the heads. A row is one query head of one block under
+one view of the distances. What belongs to the rows of a group of blocks and a KV head lies together: powers
+[.., tiles * BLOCK_T, ROWS], maxima [.., tiles, ROWS], maximum and sums of a program's share [.., shares, ROWS, 3].
+Logits are in units of log2(e).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from tokenselect.ops.gpu.device_code import first_slot, load_rotation, rotary_pa
 ONCE = tl.constexpr(0)
 BY_TILE = tl.constexpr(1)
 BY_TOKEN = tl.constexpr(2)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -37,9 +40,9 @@ def score_tiles(
     cos_0, sin_0, runs_0, cos_1, sin_1, runs_1,
     weights, peaks, stats,
     scale, num_blocks, num_tiles, tiles_each, page_size, run_size,
-    key_stride, key_head_stride, scale_stride, scale_head_stride, page_stride, first_view,
+    key_stride, key_head_stride, scale_stride, scale_head_stride, page_stride,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, VIEWS: tl.constexpr, ALL_VIEWS: tl.constexpr, HOW: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, VIEWS: tl.constexpr, HOW: tl.constexpr,
     ONE_PAGE: tl.constexpr, HAS_SCALES: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_CONTEXT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -74,8 +77,8 @@ def score_tiles(
 
     _, partner, sign = rotary_pairs(d, HALF, INTERLEAVED)
     own = queries + ((block * num_kv * GROUP + head) * D)[:, None]
-    q = tl.load(own + d[None, :], mask=(d < D)[None, :], other=0.0).to(tl.float32) * scale
-    p = tl.load(own + partner[None, :], mask=(d < 2 * HALF)[None, :], other=0.0).to(tl.float32) * scale
+    q = tl.load(own + d[None, :], mask=(d < D)[None, :], other=0.0).to(tl.float32) * (scale * LOG2E)
+    p = tl.load(own + partner[None, :], mask=(d < 2 * HALF)[None, :], other=0.0).to(tl.float32) * (scale * LOG2E)
     run_begin = tl.load(runs_1 + block)
     last_run = tl.load(runs_1 + block + 1) - run_begin - 1
     dtype = tl.float16 if HAS_SCALES else keys.dtype.element_ty
@@ -90,17 +93,17 @@ def score_tiles(
         if HOW == ONCE:
             turned = tl.where(is_second, turned, turned_0.to(dtype))
 
-    row = (block * ALL_VIEWS + view + first_view).to(tl.int64) * (num_kv * GROUP) + head
-    row_weights = weights + (row * num_tiles * BLOCK_T)[:, None]
-    row_peaks = peaks + row * num_tiles
+    own_place = (tl.program_id(0) * num_kv + kv).to(tl.int64)
+    own_weights = weights + own_place * num_tiles * BLOCK_T * ROWS + r[None, :]
+    own_peaks = peaks + own_place * num_tiles * ROWS + r
     page_row = pages + sequence * page_stride
     start = first_slot(page_row, page_size, tl.load(padding + sequence), begin, ONE_PAGE)
     head_keys = keys + kv.to(tl.int64) * key_head_stride
     head_scales = key_scales + kv.to(tl.int64) * scale_head_stride
     n = tl.arange(0, BLOCK_T)
     most = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS, BLOCK_T], tl.float32)  # summed over the tokens at the end
-    chosen = tl.zeros([ROWS, BLOCK_T], tl.float32)
+    total = tl.zeros([BLOCK_T, ROWS], tl.float32)  # summed over the tokens at the end
+    chosen = tl.zeros([BLOCK_T, ROWS], tl.float32)
 
     for tile in range(first_tile, last_tile):
         offset = tile * BLOCK_T + n
@@ -123,33 +126,31 @@ def score_tiles(
             k = _turned_back(
                 k, head_keys + slot * key_stride, cos_1, sin_1, tl.max(run, axis=0), d, is_token, HALF, INTERLEAVED
             )
-        logits = tl.dot(turned, tl.trans(k.to(dtype)), input_precision=PRECISION)
+        logits = tl.dot(k.to(dtype), tl.trans(turned), input_precision=PRECISION)
         if HAS_SCALES:
             slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
-            logits *= tl.load(head_scales + slot * scale_stride, mask=is_token, other=0.0)[None, :]
+            logits *= tl.load(head_scales + slot * scale_stride, mask=is_token, other=0.0)[:, None]
 
-        # Exponentials under the tile's own maximum: no tile waits for another.
-        logits = tl.where(offset[None, :] < end[:, None], logits, float("-inf"))
-        peak = tl.max(logits, axis=1)
+        # Powers under the tile's own maximum: no tile waits for another.
+        logits = tl.where(offset[:, None] < end[None, :], logits, float("-inf"))
+        peak = tl.max(logits, axis=0)
         peak = tl.where(peak == float("-inf"), -1e30, peak)
-        e = tl.exp(logits - peak[:, None])
-        is_candidate = offset[None, :] < high[:, None]
-        if HAS_CONTEXT:
-            is_candidate = is_candidate & (offset[None, :] >= low[:, None])
-        tl.store(row_weights + offset[None, :], e.to(weights.dtype.element_ty), mask=is_row[:, None] & is_candidate)
-        tl.store(row_peaks + tile, peak, mask=is_row)
+        e = tl.exp2(logits - peak[None, :])
+        tl.store(own_weights + offset[:, None] * ROWS, e.to(weights.dtype.element_ty))
+        tl.store(own_peaks + tile * ROWS, peak)
         highest = tl.maximum(most, peak)
-        old, new = tl.exp(most - highest), tl.exp(peak - highest)
-        total = total * old[:, None] + e * new[:, None]
+        old, new = tl.exp2(most - highest), tl.exp2(peak - highest)
+        total = total * old[None, :] + e * new[None, :]
         if HAS_CONTEXT:
-            chosen = chosen * old[:, None] + tl.where(is_candidate, e, 0.0) * new[:, None]
+            is_candidate = (offset[:, None] >= low[None, :]) & (offset[:, None] < high[None, :])
+            chosen = chosen * old[None, :] + tl.where(is_candidate, e, 0.0) * new[None, :]
         most = highest
 
-    place = stats + (row * tl.num_programs(2) + share) * 3
-    all_of_it = tl.sum(total, axis=1)
-    tl.store(place, most, mask=is_row)
-    tl.store(place + 1, all_of_it, mask=is_row)
-    tl.store(place + 2, tl.sum(chosen, axis=1) if HAS_CONTEXT else all_of_it, mask=is_row)
+    place = stats + ((own_place * tl.num_programs(2) + share) * ROWS + r) * 3
+    all_of_it = tl.sum(total, axis=0)
+    tl.store(place, most)
+    tl.store(place + 1, all_of_it)
+    tl.store(place + 2, tl.sum(chosen, axis=0) if HAS_CONTEXT else all_of_it)
 
 
 @triton.jit
@@ -165,78 +166,82 @@ def _turned_back(k, rows, cos, sin, run, d, is_token, HALF: tl.constexpr, INTERL
 
 @triton.jit
 def reduce_rows(
-    stats, totals, context, num_shares, share_size, ROWS_EACH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Grid [rows]: maximum and sums of a row over the shares that its block's context reaches into."""
-    row = tl.program_id(0).to(tl.int64)
-    block = row // ROWS_EACH
+    stats, totals, context, num_blocks, num_shares, share_size, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid [groups, num_kv_heads, ROWS]: maximum and sums of a row over the shares that its context reaches into."""
+    r = tl.program_id(2)
+    block = tl.minimum(tl.program_id(0) * BLOCKS + r // GROUP_PAD % BLOCKS, num_blocks - 1)
     length = (tl.load(context + 2 * block + 1) - tl.load(context + 2 * block)).to(tl.int32)
     shares = tl.cdiv(length, share_size)
+    own_place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     most = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     chosen = tl.zeros([BLOCK], tl.float32)
     for start in range(0, shares, BLOCK):
         share = start + tl.arange(0, BLOCK)
-        place = stats + (row * num_shares + share) * 3
-        m = tl.load(place, mask=share < shares, other=float("-inf"))
+        place = stats + ((own_place * num_shares + share) * ROWS + r) * 3
+        m = tl.load(place, mask=share < shares, other=-1e30)
         peak = tl.maximum(most, m)
-        safe = tl.where(peak == float("-inf"), 0.0, peak)
-        old, new = tl.exp(most - safe), tl.exp(m - safe)
+        old, new = tl.exp2(most - peak), tl.exp2(m - peak)
         total = total * old + tl.load(place + 1, mask=share < shares, other=0.0) * new
         chosen = chosen * old + tl.load(place + 2, mask=share < shares, other=0.0) * new
         most = peak
     peak = tl.max(most, axis=0)
-    lift = tl.exp(most - tl.where(peak == float("-inf"), 0.0, peak))
-    tl.store(totals + row * 3, peak)
-    tl.store(totals + row * 3 + 1, tl.sum(total * lift, axis=0))
-    tl.store(totals + row * 3 + 2, tl.sum(chosen * lift, axis=0))
+    lift = tl.exp2(most - peak)
+    place = totals + (own_place * ROWS + r) * 3
+    tl.store(place, peak)
+    tl.store(place + 1, tl.sum(total * lift, axis=0))
+    tl.store(place + 2, tl.sum(chosen * lift, axis=0))
 
 
 @triton.jit
-def _view_total(totals, row, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr):
-    """Sum of a view's votes over its candidates, never 0."""
-    h = tl.arange(0, HEADS_PAD)
-    place = totals + (row + h) * 3
-    total = tl.load(place + 1, mask=h < HEADS, other=1.0)
-    chosen = tl.load(place + 2, mask=h < HEADS, other=0.0)
-    return tl.maximum(tl.sum(chosen / total, axis=0), 1.1754944e-38)
+def _view_sums(totals, KV: tl.constexpr, KV_PAD: tl.constexpr, ROWS: tl.constexpr, GROUP, GROUP_PAD: tl.constexpr):
+    """For each row the sum of all votes of its block under its view, never 0."""
+    r = tl.arange(0, ROWS)
+    kv = tl.arange(0, KV_PAD)
+    place = totals + (kv[:, None] * ROWS + r[None, :]) * 3
+    is_head = (kv < KV)[:, None] & (r % GROUP_PAD < GROUP)[None, :]
+    total = tl.load(place + 1, mask=is_head, other=1.0)
+    chosen = tl.load(place + 2, mask=is_head, other=0.0)
+    by_row = tl.sum(chosen / total, axis=0)
+    alike = (r // GROUP_PAD)[:, None] == (r // GROUP_PAD)[None, :]
+    return tl.maximum(tl.sum(tl.where(alike, by_row[None, :], 0.0), axis=1), 1.1754944e-38)
 
 
 @triton.jit
 def sum_votes(
-    weights, peaks, totals, candidates, context, start_loc, votes, num_tiles,
-    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, VIEWS: tl.constexpr, BLOCK_T: tl.constexpr, TILES: tl.constexpr,
-    ROWS: tl.constexpr,
+    weights, peaks, totals, candidates, context, start_loc, votes, num_blocks, num_tiles, num_groups,
+    KV: tl.constexpr, KV_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCKS: tl.constexpr,
+    LAUNCHES: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Grid [num_blocks, pieces of TILES tiles]: add the normalised weights of all heads and views."""
-    block = tl.program_id(0)
-    begin = tl.load(context + 2 * block)
-    low = (tl.load(candidates + 2 * block) - begin).to(tl.int32)
-    high = (tl.load(candidates + 2 * block + 1) - begin).to(tl.int32)
-    tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
-    if tl.program_id(1) * TILES * BLOCK_T >= high:
-        return
+    """Grid [groups, pieces of TILES tiles]: add the normalised weights of all heads and views."""
+    group, first_tile = tl.program_id(0), tl.program_id(1) * TILES
+    r = tl.arange(0, ROWS)
+    tile = first_tile + tl.arange(0, TILES)
     offset = tile[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-    is_candidate = (offset >= low) & (offset < high)
-    has_any = (tile * BLOCK_T < high) & (tile * BLOCK_T + BLOCK_T > low)
-    first = block.to(tl.int64) * VIEWS * HEADS
-    sum_0 = _view_total(totals, first, HEADS, HEADS_PAD)
-    sum_1 = sum_0
-    if VIEWS == 2:
-        sum_1 = _view_total(totals, first + HEADS, HEADS, HEADS_PAD)
-    votes_so_far = tl.zeros([ROWS, TILES, BLOCK_T], tl.float32)  # summed over the rows at the end
-    for at in range(0, VIEWS * HEADS, ROWS):
-        r = at + tl.arange(0, ROWS)
-        is_row = r < VIEWS * HEADS
-        row = first + r
-        most = tl.load(totals + row * 3, mask=is_row, other=0.0)
-        total = tl.load(totals + row * 3 + 1, mask=is_row, other=1.0)
-        unit = 1.0 / (total * tl.where(r < HEADS, sum_0, sum_1))
-        mask = is_row[:, None] & has_any[None, :]
-        peak = tl.load(peaks + row[:, None] * num_tiles + tile[None, :], mask=mask, other=float("-inf"))
-        factor = tl.exp(peak - most[:, None]) * unit[:, None]
-        place = (row * num_tiles * BLOCK_T)[:, None, None] + offset[None, :, :]
-        e = tl.load(weights + place, mask=is_row[:, None, None] & is_candidate[None, :, :], other=0.0)
-        votes_so_far += e.to(tl.float32) * factor[:, :, None]
-    out = votes + tl.load(start_loc + block) + offset - low
-    tl.store(out, tl.sum(votes_so_far, axis=0), mask=is_candidate)
+    is_tile = tile < num_tiles
+    out = tl.zeros([TILES, BLOCK_T, ROWS], tl.float32)  # summed over the rows at the end
+    for launch in tl.static_range(LAUNCHES):
+        own_place = ((launch * num_groups + group) * KV).to(tl.int64)
+        sums = _view_sums(totals + own_place * ROWS * 3, KV, KV_PAD, ROWS, GROUP, GROUP_PAD)
+        for kv in tl.range(0, KV, loop_unroll_factor=2):
+            place = own_place + kv
+            own_totals = totals + (place * ROWS + r) * 3
+            unit = 1.0 / (tl.load(own_totals + 1) * sums)
+            rows_peaks = peaks + (place * num_tiles + tile[:, None]) * ROWS + r[None, :]
+            peak = tl.load(rows_peaks, mask=is_tile[:, None], other=float("-inf"))
+            factor = tl.exp2(peak - tl.load(own_totals)[None, :]) * unit[None, :]
+            rows_weights = weights + (place * num_tiles * BLOCK_T + offset[:, :, None]) * ROWS + r[None, None, :]
+            e = tl.load(rows_weights, mask=is_tile[:, None, None], other=0.0)
+            out += e.to(tl.float32) * factor[:, None, :]
+    for n in tl.static_range(BLOCKS):
+        block = group * BLOCKS + n
+        if block < num_blocks:
+            begin = tl.load(context + 2 * block)
+            low = (tl.load(candidates + 2 * block) - begin).to(tl.int32)
+            high = (tl.load(candidates + 2 * block + 1) - begin).to(tl.int32)
+            mine = (r // GROUP_PAD % BLOCKS == n) & (r % GROUP_PAD < GROUP)
+            own_votes = tl.sum(tl.where(mine[None, None, :], out, 0.0), axis=2)
+            place = votes + tl.load(start_loc + block) + offset - low
+            tl.store(place, own_votes, mask=(offset >= low) & (offset < high))
