@@ -129,7 +129,8 @@ class _Call:
             self.queries, self.keys, self.values, self.slots, self.cos, self.sin, bounds,
             parts, sums, self.scale, self.softcap or 1.0, *self._strides(), splits,
             D=dim, DP=padded, HALF=self.cos.shape[1], GROUP=group, ROWS=rows, BLOCK_N=_FEW_KEYS,
-            INTERLEAVED=self.interleaved, HAS_CAP=bool(self.softcap), PRECISION=precision(self.queries), num_warps=_FEW_WARPS,
+            INTERLEAVED=self.interleaved, HALVES=self._has_halves(), HAS_CAP=bool(self.softcap),
+            PRECISION=precision(self.queries), num_warps=_FEW_WARPS,
             num_stages=1,
         )  # fmt: skip
         sinks = sums if self.sink_logits is None else self.sink_logits
@@ -149,7 +150,8 @@ class _Call:
         gather_rotated[-(-blocks.most_slots // _GATHER), num_kv_heads, count](
             self.keys, self.values, self.slots, self.cos, self.sin, bounds, starts, keys, values,
             blocks.num_slots, *self._strides(),
-            D=dim, DP=padded, HALF=self.cos.shape[1], BLOCK_N=_GATHER, INTERLEAVED=self.interleaved, num_warps=4,
+            D=dim, DP=padded, HALF=self.cos.shape[1], BLOCK_N=_GATHER, INTERLEAVED=self.interleaved,
+            HALVES=self._has_halves(), num_warps=4,
         )  # fmt: skip
         block_m, block_n, warps, stages = _tiles(self.queries.dtype, padded)
         sinks = self.cos if self.sink_logits is None else self.sink_logits
@@ -161,6 +163,11 @@ class _Call:
             HAS_SINKS=self.sink_logits is not None, PRECISION=precision(self.queries), num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
+    def _has_halves(self) -> bool:
+        """Whether every vector is two halves that turn together, each as long as a tile may be."""
+        half, dim = self.cos.shape[1], self.queries.shape[2]
+        return not self.interleaved and 2 * half == dim and half >= 16 and half == _power_of_2(half)
+
     def _strides(self) -> tuple[int, int, int, int]:
         return self.keys.stride(0), self.keys.stride(1), self.values.stride(0), self.values.stride(1)
 
@@ -169,7 +176,7 @@ def _tiles(dtype: torch.dtype, padded: int) -> tuple[int, int, int, int]:
     """Queries and keys per step, warps and stages, so that shared memory and registers hold them."""
     if dtype == torch.float32:
         return (32, 32, 4, 2) if padded > 128 else (64, 32, 4, 2)
-    return (64, 32, 4, 2) if padded > 128 else (128, 64, 8, 3)
+    return (64, 32, 4, 2) if padded > 128 else (128, 128, 8, 3)
 
 
 def _power_of_2(n: int) -> int:

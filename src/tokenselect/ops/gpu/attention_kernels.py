@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenselect.ops.gpu.device_code import load_rotated
+from tokenselect.ops.gpu.device_code import load_halves, load_rotated
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -16,11 +16,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _logits(products, scale, softcap, HAS_CAP: tl.constexpr):
     """Products of queries and keys as logits, in units of log2(e)."""
-    logits = products * scale
     if HAS_CAP:
-        turns = tl.exp(-2.0 * tl.abs(logits / softcap))  # tanh without overflow
-        logits = tl.where(logits < 0, -softcap, softcap) * ((1.0 - turns) / (1.0 + turns))
-    return logits * LOG2E
+        logits = products * (scale / softcap)
+        turns = tl.exp(-2.0 * tl.abs(logits))  # tanh without overflow
+        return tl.where(logits < 0, -softcap, softcap) * ((1.0 - turns) / (1.0 + turns)) * LOG2E
+    return products * (scale * LOG2E)
 
 
 @triton.jit
@@ -58,11 +58,13 @@ def attend_few(
     queries, keys, values, slots, cos, sin, blocks, parts, sums,
     scale, softcap, key_stride, key_head_stride, value_stride, value_head_stride, splits,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr, HALVES: tl.constexpr, HAS_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid [blocks, num_kv_heads, splits]: all queries of a KV head over a share of the slots, gathered in place.
 
-    Row r is query r // GROUP of the block, query head r % GROUP of the KV head.
+    Row r is query r // GROUP of the block, query head r % GROUP of the KV head. HALVES: a vector is two halves that
+    turn together, so that no element is loaded twice.
     """
     kv, split = tl.program_id(1), tl.program_id(2)
     num_kv = tl.num_programs(1)
@@ -72,7 +74,13 @@ def attend_few(
     at = length - own + r // GROUP
     is_row = r // GROUP < own
     rows = queries + ((first + r // GROUP) * num_kv * GROUP + kv * GROUP + r % GROUP) * D
-    q = load_rotated(rows, cos, sin, at, d, is_row, D, HALF, INTERLEAVED).to(queries.dtype.element_ty)
+    dtype = queries.dtype.element_ty
+    if HALVES:
+        h = tl.arange(0, HALF)
+        q, q_2 = load_halves(rows, cos, sin, at, h, is_row, HALF)
+        q, q_2 = q.to(dtype), q_2.to(dtype)
+    else:
+        q = load_rotated(rows, cos, sin, at, d, is_row, D, HALF, INTERLEAVED).to(dtype)
 
     share = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     last = tl.minimum(split * share + share, length)
@@ -87,11 +95,17 @@ def attend_few(
         slot = tl.load(slots + begin + n, mask=is_key, other=0)
         is_value = is_key[:, None] & (d < D)[None, :]
         v = tl.load((head_values + slot * value_stride)[:, None] + d[None, :], mask=is_value, other=0.0)
-        k = load_rotated(head_keys + slot * key_stride, cos, sin, n, d, is_key, D, HALF, INTERLEAVED).to(q.dtype)
-        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        token_keys = head_keys + slot * key_stride
+        if HALVES:
+            k, k_2 = load_halves(token_keys, cos, sin, n, h, is_key, HALF)
+            products = tl.dot(q_2, tl.trans(k_2.to(dtype)), input_precision=PRECISION)
+            products = tl.dot(q, tl.trans(k.to(dtype)), products, input_precision=PRECISION)
+        else:
+            k = load_rotated(token_keys, cos, sin, n, d, is_key, D, HALF, INTERLEAVED)
+            products = tl.dot(q, tl.trans(k.to(dtype)), input_precision=PRECISION)
         logits = _logits(products, scale, softcap, HAS_CAP)
         logits = tl.where(n[None, :] <= at[:, None], logits, float("-inf"))
-        most, total, out = _absorb(logits, v.to(q.dtype), most, total, out, PRECISION)
+        most, total, out = _absorb(logits, v.to(dtype), most, total, out, PRECISION)
 
     place = ((tl.program_id(0) * num_kv + kv) * splits + split).to(tl.int64) * ROWS + r
     tl.store(sums + place * 2, most, mask=is_row)
@@ -131,6 +145,7 @@ def gather_rotated(
     keys, values, slots, cos, sin, blocks, buffer_start, key_buffer, value_buffer, size,
     key_stride, key_head_stride, value_stride, value_head_stride,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HALVES: tl.constexpr,
 ):  # fmt: skip
     """Grid [tiles of the longest block, num_kv_heads, blocks]: keys, rotated, and values next to each other."""
     kv, b = tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -143,11 +158,18 @@ def gather_rotated(
     slot = tl.load(slots + begin + n, mask=is_key, other=0)
     is_value = is_key[:, None] & (d < D)[None, :]
     v = tl.load((values + kv * value_head_stride + slot * value_stride)[:, None] + d[None, :], mask=is_value, other=0.0)
-    k = load_rotated(
-        keys + kv * key_head_stride + slot * key_stride, cos, sin, n, d, is_key, D, HALF, INTERLEAVED
-    )
-    place = (kv * size + tl.load(buffer_start + b) + n)[:, None] * DP + d[None, :]
-    tl.store(key_buffer + place, k.to(key_buffer.dtype.element_ty), mask=is_key[:, None])
+    token_keys = keys + kv * key_head_stride + slot * key_stride
+    first = kv * size + tl.load(buffer_start + b) + n
+    place = first[:, None] * DP + d[None, :]
+    if HALVES:
+        h = tl.arange(0, HALF)
+        k, k_2 = load_halves(token_keys, cos, sin, n, h, is_key, HALF)
+        half_place = first[:, None] * DP + h[None, :]
+        tl.store(key_buffer + half_place, k.to(key_buffer.dtype.element_ty), mask=is_key[:, None])
+        tl.store(key_buffer + half_place + HALF, k_2.to(key_buffer.dtype.element_ty), mask=is_key[:, None])
+    else:
+        k = load_rotated(token_keys, cos, sin, n, d, is_key, D, HALF, INTERLEAVED)
+        tl.store(key_buffer + place, k.to(key_buffer.dtype.element_ty), mask=is_key[:, None])
     tl.store(value_buffer + place, v.to(value_buffer.dtype.element_ty), mask=is_key[:, None])
 
 

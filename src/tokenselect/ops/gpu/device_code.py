@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["first_slot", "load_rotated", "load_rotation", "rotary_pairs", "slots_of"]
+__all__ = ["first_slot", "load_halves", "load_rotated", "load_rotation", "rotary_pairs", "slots_of"]
 
 
 @triton.jit
@@ -65,3 +65,14 @@ def load_rotated(
     y = tl.load(rows[:, None] + partner[None, :], mask=turns, other=0.0).to(tl.float32)
     c, s = load_rotation(cos, sin, at, d, is_row, HALF, INTERLEAVED)
     return x * c + y * s
+
+
+@triton.jit
+def load_halves(rows, cos, sin, at, h, is_row, HALF: tl.constexpr):
+    """Both halves [rows, HALF] float32 of vectors, rotated, in the layout that pairs one half with the other."""
+    x = tl.load(rows[:, None] + h[None, :], mask=is_row[:, None], other=0.0).to(tl.float32)
+    y = tl.load(rows[:, None] + (h + HALF)[None, :], mask=is_row[:, None], other=0.0).to(tl.float32)
+    place = (at * HALF)[:, None] + h[None, :]
+    c = tl.load(cos + place, mask=is_row[:, None], other=1.0)
+    s = tl.load(sin + place, mask=is_row[:, None], other=0.0)
+    return x * c - y * s, y * c + x * s

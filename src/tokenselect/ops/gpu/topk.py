@@ -1,8 +1,8 @@
 """The most votes on a GPU: exact, ascending, ties to the lowest index, and the host never waits.
 
-Votes are not negative, so their bits order them. At least k votes reach the k-th largest maximum of any chunks of them:
-a histogram of the chunks' maxima gives a floor that few votes reach but those that win. These are listed; every program
-then finds the exact threshold among them, and writes the chosen positions of its own slice.
+Votes are not negative, so their bits order them. At least k votes reach the k-th largest maximum of any chunks of them,
+and few do but those that win. These are listed; then every program finds the exact threshold among them and writes the
+chosen positions of its own slice.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from torch import Tensor
 from tokenselect.ops.gpu.bounds import is_known, on_host
 
 _SLICE = 4096  # votes per program
-_LOW_BITS = 20  # of 31; the others number the bins
-_BINS = 2048
-_LISTED = 4096  # how much of the list is held at once
-_CHUNKS_PER_CHOICE, _MOST_PER_CHUNK = 4, 64
+_AT_HAND = 4096  # how much of a list a program holds
+_CHUNKS_PER_CHOICE, _LEAST_CHUNKS = 4, 4096
 
 
 @triton.jit
@@ -36,35 +34,80 @@ def _block(start_loc):
 
 
 @triton.jit
-def count_maxima(
-    votes, start_loc, bins, BINS: tl.constexpr, LOW_BITS: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr
+def find_maxima(
+    votes, start_loc, maxima, num_listed, num_chunks, SLICE: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """Grid [num_blocks, slices]: how many chunks have their maximum in each bin."""
+    """Grid [num_blocks, slices]: the maximum of every chunk; -1 for chunks of no votes."""
     start, count = _block(start_loc)
-    edge = tl.program_id(1) * SLICE
-    if edge >= count:
-        return
-    chunk = edge + tl.arange(0, SLICE // CHUNK) * CHUNK
-    offset = chunk[:, None] + tl.arange(0, CHUNK)[None, :]
+    block, edge = tl.program_id(0), tl.program_id(1) * SLICE
+    if tl.program_id(1) == 0:
+        tl.store(num_listed + block, 0)
+    chunk = tl.arange(0, SLICE // CHUNK)
+    offset = edge + chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     most = tl.max(_bits(votes, start + offset, offset < count), axis=1)
-    tl.atomic_add(bins + tl.program_id(0) * BINS + (most >> LOW_BITS), 1, mask=chunk < count, sem="relaxed")
+    place = edge // CHUNK + chunk
+    tl.store(maxima + block.to(tl.int64) * num_chunks + place, most, mask=place < num_chunks)
+
+
+@triton.jit
+def _how_many(values, floor, first, n, lane, AT_HAND: tl.constexpr):
+    """Values >= floor; the first ones are at hand."""
+    found = tl.sum((first >= floor).to(tl.int32), axis=0)
+    for at in range(AT_HAND, n, AT_HAND):
+        more = tl.load(values + at + lane, mask=at + lane < n, other=-1)
+        found += tl.sum((more >= floor).to(tl.int32), axis=0)
+    return found
+
+
+@triton.jit
+def _between(values, first, n, k, most, lane, AT_HAND: tl.constexpr):
+    """The largest value found that k to `most` values reach, how many do, and how many reach the next one tried.
+
+    More than `most` reach it where ties leave no choice; then it is the k-th largest.
+    """
+    low = tl.min(tl.where(lane < n, tl.maximum(first, 0), 0x7FFFFFFF), axis=0)
+    high = tl.max(first, axis=0)
+    at_low = tl.sum(((first >= 0) & (lane < n)).to(tl.int32), axis=0)
+    for at in range(AT_HAND, n, AT_HAND):
+        more = tl.load(values + at + lane, mask=at + lane < n, other=-1)
+        low = tl.minimum(low, tl.min(tl.where(at + lane < n, tl.maximum(more, 0), 0x7FFFFFFF), axis=0))
+        high = tl.maximum(high, tl.max(more, axis=0))
+        at_low += tl.sum((more >= 0).to(tl.int32), axis=0)
+    high += 1
+    at_high, step = 0, 0
+    while (high - low > 1) & (at_low > most):
+        middle = low + (high - low) // 2
+        if step % 2 == 0:  # guess by the counts, halve every other time
+            share = (at_low - k).to(tl.float32) / (at_low - at_high).to(tl.float32)
+            guess = low + (share * (high - low).to(tl.float32)).to(tl.int32)
+            middle = tl.minimum(tl.maximum(guess, low + 1), high - 1)
+        found = _how_many(values, middle, first, n, lane, AT_HAND)
+        if found >= k:
+            low, at_low = middle, found
+        else:
+            high, at_high = middle, found
+        step += 1
+    return low, at_low, at_high
 
 
 @triton.jit
 def list_votes(
-    votes, start_loc, bins, listed, listed_at, num_listed, k, size,
-    BINS: tl.constexpr, LOW_BITS: tl.constexpr, SLICE: tl.constexpr,
+    votes, start_loc, maxima, listed, listed_at, num_listed, num_chunks, k, size,
+    SLICE: tl.constexpr, AT_HAND: tl.constexpr,
 ):  # fmt: skip
-    """Grid [num_blocks, slices]: list, in any order, the votes that reach the bin of the k-th maximum."""
+    """Grid [num_blocks, slices]: list, in any order, the votes that reach about the k-th largest maximum."""
     start, count = _block(start_loc)
     block, edge = tl.program_id(0), tl.program_id(1) * SLICE
     if edge >= count:
         return
+    maxima += block.to(tl.int64) * num_chunks
+    lane = tl.arange(0, AT_HAND)
+    first = tl.load(maxima + lane, mask=lane < num_chunks, other=-1)
     offset = edge + tl.arange(0, SLICE)
     bits = _bits(votes, start + offset, offset < count)
-    b = tl.arange(0, BINS)
-    reached = tl.cumsum(tl.load(bins + block * BINS + b), axis=0, reverse=True)
-    floor = tl.max(tl.where(reached >= k, b, 0), axis=0) << LOW_BITS
+    floor, reached, _ = _between(maxima, first, num_chunks, k, k + k // 16, lane, AT_HAND)
+    if reached < k:  # a short block has fewer chunks than it chooses votes
+        floor = 0
     here = bits >= floor
     found = tl.sum(here.to(tl.int32), axis=0)
     if found > 0:
@@ -76,23 +119,13 @@ def list_votes(
 
 
 @triton.jit
-def _how_many(listed, floor, first, n, lane, LISTED: tl.constexpr):
-    """Listed votes >= floor; the first ones are at hand."""
-    found = tl.sum((first >= floor).to(tl.int32), axis=0)
-    for at in range(LISTED, n, LISTED):
-        more = tl.load(listed + at + lane, mask=at + lane < n, other=-1)
-        found += tl.sum((more >= floor).to(tl.int32), axis=0)
-    return found
-
-
-@triton.jit
-def _last_tie(listed, listed_at, least, ties, n, lane, LISTED: tl.constexpr):
+def _last_tie(listed, listed_at, least, ties, n, lane, AT_HAND: tl.constexpr):
     """The largest index that a tie may have, so that `ties` of those at the threshold are taken."""
     low, high = 0, 0x7FFFFFFF
     while low < high:
         middle = low + (high - low) // 2
         found = 0
-        for at in range(0, n, LISTED):
+        for at in range(0, n, AT_HAND):
             inside = at + lane < n
             bits = tl.load(listed + at + lane, mask=inside, other=-1)
             index = tl.load(listed_at + at + lane, mask=inside, other=0x7FFFFFFF)
@@ -105,37 +138,8 @@ def _last_tie(listed, listed_at, least, ties, n, lane, LISTED: tl.constexpr):
 
 
 @triton.jit
-def _threshold(listed, listed_at, first, n, k, lane, LISTED: tl.constexpr):
-    """A vote and an index: those above the vote are chosen, and those equal to it up to the index."""
-    low = tl.min(tl.where(lane < n, first, 0x7FFFFFFF), axis=0)
-    high = tl.max(first, axis=0)
-    for at in range(LISTED, n, LISTED):
-        more = tl.load(listed + at + lane, mask=at + lane < n, other=-1)
-        low = tl.minimum(low, tl.min(tl.where(at + lane < n, more, 0x7FFFFFFF), axis=0))
-        high = tl.maximum(high, tl.max(more, axis=0))
-    high += 1
-    at_low, at_high, step = n, 0, 0  # at least k reach `low`, fewer reach `high`
-    while (high - low > 1) & (at_low != k):
-        middle = low + (high - low) // 2
-        if step % 2 == 0:  # guess by the counts, halve every other time
-            share = (at_low - k).to(tl.float32) / (at_low - at_high).to(tl.float32)
-            guess = low + (share * (high - low).to(tl.float32)).to(tl.int32)
-            middle = tl.minimum(tl.maximum(guess, low + 1), high - 1)
-        found = _how_many(listed, middle, first, n, lane, LISTED)
-        if found >= k:
-            low, at_low = middle, found
-        else:
-            high, at_high = middle, found
-        step += 1
-    last = 0x7FFFFFFF
-    if at_low > k:
-        last = _last_tie(listed, listed_at, low, k - at_high, n, lane, LISTED)
-    return low, last
-
-
-@triton.jit
 def write_chosen(
-    votes, start_loc, listed, listed_at, num_listed, out, k, size, SLICE: tl.constexpr, LISTED: tl.constexpr
+    votes, start_loc, listed, listed_at, num_listed, out, k, size, SLICE: tl.constexpr, AT_HAND: tl.constexpr
 ):
     """Grid [num_blocks, slices]: the exact threshold, found by every program, and its own slice's choice."""
     start, count = _block(start_loc)
@@ -145,17 +149,20 @@ def write_chosen(
     n = tl.load(num_listed + block)
     listed += block.to(tl.int64) * size
     listed_at += block.to(tl.int64) * size
-    lane = tl.arange(0, LISTED)
+    lane = tl.arange(0, AT_HAND)
     first = tl.load(listed + lane, mask=lane < n, other=-1)
     first_at = tl.load(listed_at + lane, mask=lane < n, other=0x7FFFFFFF)
     offset = edge + tl.arange(0, SLICE)
     bits = _bits(votes, start + offset, offset < count)
-    least, last = _threshold(listed, listed_at, first, n, k, lane, LISTED)
+    least, reached, above = _between(listed, first, n, k, k, lane, AT_HAND)
+    last = 0x7FFFFFFF
+    if reached > k:
+        last = _last_tie(listed, listed_at, least, k - above, n, lane, AT_HAND)
 
     # This slice's choice begins after what the slices before it chose.
     taken = (first > least) | ((first == least) & (first_at <= last))
     before = tl.sum((taken & (first_at < edge)).to(tl.int32), axis=0)
-    for at in range(LISTED, n, LISTED):
+    for at in range(AT_HAND, n, AT_HAND):
         more = tl.load(listed + at + lane, mask=at + lane < n, other=-1)
         more_at = tl.load(listed_at + at + lane, mask=at + lane < n, other=0x7FFFFFFF)
         taken = (more > least) | ((more == least) & (more_at <= last))
@@ -169,16 +176,20 @@ def topk_tokens(votes: Tensor, start_loc: Tensor, k: int) -> Tensor:
     """See `ops.reference.topk_tokens`."""
     votes, blocks, device = votes.contiguous(), start_loc.shape[0] - 1, votes.device
     longest = _longest(votes, start_loc)
-    counts = torch.zeros(blocks * (_BINS + 1), dtype=torch.int32, device=device)
-    bins, num_listed = counts[: blocks * _BINS], counts[blocks * _BINS :]
+    chunk = _per_chunk(longest, k)
+    chunks = triton.cdiv(longest, chunk)
+    maxima = torch.empty(blocks * (chunks + 1), dtype=torch.int32, device=device)
+    num_listed = maxima[blocks * chunks :]
     listed, listed_at = torch.empty((2, blocks, longest), dtype=torch.int32, device=device)
     out = torch.empty((blocks, k), dtype=torch.int64, device=device)
     start_loc, grid = start_loc.to(device), (blocks, max(1, triton.cdiv(longest, _SLICE)))
-    sizes = {"BINS": _BINS, "LOW_BITS": _LOW_BITS, "SLICE": _SLICE}
-    count_maxima[grid](votes, start_loc, bins, **sizes, CHUNK=_per_chunk(longest, k), num_warps=8)
-    list_votes[grid](votes, start_loc, bins, listed, listed_at, num_listed, k, longest, **sizes, num_warps=8)
+    find_maxima[grid](votes, start_loc, maxima, num_listed, chunks, SLICE=_SLICE, CHUNK=chunk, num_warps=8)
+    list_votes[grid](
+        votes, start_loc, maxima, listed, listed_at, num_listed, chunks, k, longest,
+        SLICE=_SLICE, AT_HAND=min(2 * _AT_HAND, triton.next_power_of_2(chunks)), num_warps=8,
+    )  # fmt: skip
     write_chosen[grid](
-        votes, start_loc, listed, listed_at, num_listed, out, k, longest, SLICE=_SLICE, LISTED=_LISTED, num_warps=8
+        votes, start_loc, listed, listed_at, num_listed, out, k, longest, SLICE=_SLICE, AT_HAND=_AT_HAND, num_warps=8
     )
     return out
 
@@ -193,5 +204,5 @@ def _longest(votes: Tensor, start_loc: Tensor) -> int:
 
 def _per_chunk(longest: int, k: int) -> int:
     """Votes per chunk, a power of 2: many more chunks than are chosen."""
-    most = longest // (_CHUNKS_PER_CHOICE * k)
-    return 1 << max(0, min(most, _MOST_PER_CHUNK).bit_length() - 1)
+    most = longest // max(_CHUNKS_PER_CHOICE * k, _LEAST_CHUNKS)
+    return min(_SLICE, 1 << max(0, most.bit_length() - 1))
