@@ -186,6 +186,16 @@ def test_votes_by_an_int8_copy(layout: str, dim: int) -> None:
     torch.testing.assert_close(ours.score_tokens(*given)[0], expected, atol=ROUNDED_VOTES[torch.float16], rtol=0)
 
 
+def test_votes_by_an_int8_copy_over_many_tiles() -> None:
+    case = long_case(torch.float32, blocks=3)
+    case.cache.keys.nan_to_num_(3.0)
+    scales = case.cache.keys.abs().amax(-1).clamp(min=1e-9) / 127
+    keys = (case.cache.keys / scales[..., None]).round().to(torch.int8)
+    given = (case.queries, keys, case.cache.pages, case.of, case.candidates, case.views, case.scale, None, scales)
+    expected = reference.score_tokens(*given)[0]
+    torch.testing.assert_close(ours.score_tokens(*given)[0], expected, atol=1e-7, rtol=5e-3)
+
+
 # -- the most votes --------------------------------------------------------------------------------------------
 
 KINDS: dict[str, Callable[[int], Tensor]] = {

@@ -15,11 +15,12 @@ from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import Distances
 
 _LEAST_ROWS, _MOST_ROWS = 16, 32  # of one product with a tile of keys
+_LEAST_DEPTH = 32  # of a product of integers
 _WARPS, _STAGES = 4, 3
 _OPTIONS: dict[str, int] = {}
 _MOST_WEIGHTS = 2**29  # exponentials kept at once: 1 GiB
 _MOST_TILES_EACH, _PROGRAMS = 32, 2048
-_TILES_SUMMED = 4
+_TILES_SUMMED = 8
 _ONCE, _BY_TILE, _BY_TOKEN = (how.value for how in (ONCE, BY_TILE, BY_TOKEN))
 
 
@@ -220,7 +221,7 @@ class _Call:
             weights, peaks, stats,
             self.scale, own.stop - own.start, peaks.shape[2], tiles_each, pages.page_size, last.run_size,
             self.keys.stride(0), self.keys.stride(1), scales.stride(0), scales.stride(1), pages.pages.stride(0),
-            D=dim, DP=max(16, _power_of_2(dim)), HALF=first.cos.shape[1], GROUP=shape.group,
+            D=dim, DP=max(_LEAST_DEPTH, _power_of_2(dim)), HALF=first.cos.shape[1], GROUP=shape.group,
             GROUP_PAD=shape.group_pad, BLOCKS=shape.blocks, BLOCK_T=block_t, VIEWS=len(views), HOW=how,
             ONE_PAGE=pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
             INTERLEAVED=first.interleaved, HAS_CONTEXT=self.context is not self.candidates,

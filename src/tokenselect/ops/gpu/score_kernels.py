@@ -81,17 +81,23 @@ def score_tiles(
     p = tl.load(own + partner[None, :], mask=(d < 2 * HALF)[None, :], other=0.0).to(tl.float32) * (scale * LOG2E)
     run_begin = tl.load(runs_1 + block)
     last_run = tl.load(runs_1 + block + 1) - run_begin - 1
+    # Integer keys meet integer queries, of 14 bits in two parts; turned keys are no integers any more.
+    AS_INTEGERS: tl.constexpr = HAS_SCALES and HOW != BY_TOKEN
     dtype = tl.float16 if HAS_SCALES else keys.dtype.element_ty
-    turned = q.to(dtype)
+    unit = tl.full([ROWS], 1.0, tl.float32)
+    if AS_INTEGERS:
+        unit = tl.maximum(tl.sqrt(tl.max(q * q + p * p, axis=1)), 1e-20) / (127 * 128)
+        q, p = q / unit[:, None], p / unit[:, None]
+    turned = q
     if HOW == ONCE:
         c, s = load_rotation(cos_1, sin_1, run_begin, d, is_row, HALF, INTERLEAVED)
-        turned = (q * c + p * s).to(dtype)
+        turned = q * c + p * s
+    is_second = (view == 1)[:, None]
+    turned_0 = turned
     if VIEWS == 2:
         c, s = load_rotation(cos_0, sin_0, tl.load(runs_0 + block), d, is_row, HALF, INTERLEAVED)
         turned_0 = q * c + p * s
-        is_second = (view == 1)[:, None]
-        if HOW == ONCE:
-            turned = tl.where(is_second, turned, turned_0.to(dtype))
+        turned = tl.where(is_second, turned, turned_0)
 
     own_place = (tl.program_id(0) * num_kv + kv).to(tl.int64)
     own_weights = weights + own_place * num_tiles * BLOCK_T * ROWS + r[None, :]
@@ -118,15 +124,23 @@ def score_tiles(
         if HOW == BY_TILE:
             run = run_begin + tl.minimum(tile * BLOCK_T // run_size, last_run)
             run_c, run_s = _rotation(cos_1, sin_1, run, d, is_row, HALF, INTERLEAVED, BLOCKS == 1)
-            own_turned = q * run_c + p * run_s
-            turned = tl.where(is_second, own_turned, turned_0).to(dtype) if VIEWS == 2 else own_turned.to(dtype)
+            turned = q * run_c + p * run_s
+            if VIEWS == 2:
+                turned = tl.where(is_second, turned, turned_0)
         if HOW == BY_TOKEN:
             slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
             run = run_begin[:, None] + tl.minimum((offset // run_size)[None, :], last_run[:, None])
             k = _turned_back(
                 k, head_keys + slot * key_stride, cos_1, sin_1, tl.max(run, axis=0), d, is_token, HALF, INTERLEAVED
             )
-        logits = tl.dot(k.to(dtype), tl.trans(turned), input_precision=PRECISION)
+        if AS_INTEGERS:
+            upper = tl.minimum(tl.maximum(tl.floor(turned * 0.0078125 + 0.5), -127.0), 127.0)
+            lower = tl.floor(turned - upper * 128.0 + 0.5)
+            products = tl.dot(k, tl.trans(upper.to(tl.int8)), out_dtype=tl.int32) * 128
+            products += tl.dot(k, tl.trans(lower.to(tl.int8)), out_dtype=tl.int32)
+            logits = products.to(tl.float32) * unit[None, :]
+        else:
+            logits = tl.dot(k.to(dtype), tl.trans(turned.to(dtype)), input_precision=PRECISION)
         if HAS_SCALES:
             slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
             logits *= tl.load(head_scales + slot * scale_stride, mask=is_token, other=0.0)[:, None]

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tokenselect.ops.gpu.bounds import is_known, on_host
 
-_SLICE = 4096  # votes per program
+_LEAST_SLICE, _MOST_SLICE, _SLICES = 4096, 8192, 128  # votes per program, and programs wanted
 _AT_HAND = 4096  # how much of a list a program holds
-_CHUNKS_PER_CHOICE, _LEAST_CHUNKS = 4, 4096
+_CHUNKS_PER_CHOICE, _LEAST_CHUNKS = 4, 4096  # at most, and where few are chosen
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def list_votes(
     first = tl.load(maxima + lane, mask=lane < num_chunks, other=-1)
     offset = edge + tl.arange(0, SLICE)
     bits = _bits(votes, start + offset, offset < count)
-    floor, reached, _ = _between(maxima, first, num_chunks, k, k + k // 16, lane, AT_HAND)
+    floor, reached, _ = _between(maxima, first, num_chunks, k, k + k // 4, lane, AT_HAND)
     if reached < k:  # a short block has fewer chunks than it chooses votes
         floor = 0
     here = bits >= floor
@@ -176,20 +176,21 @@ def topk_tokens(votes: Tensor, start_loc: Tensor, k: int) -> Tensor:
     """See `ops.reference.topk_tokens`."""
     votes, blocks, device = votes.contiguous(), start_loc.shape[0] - 1, votes.device
     longest = _longest(votes, start_loc)
-    chunk = _per_chunk(longest, k)
+    size = _LEAST_SLICE if longest <= _LEAST_SLICE * _SLICES else _MOST_SLICE
+    chunk = min(size, _per_chunk(longest, k))
     chunks = triton.cdiv(longest, chunk)
     maxima = torch.empty(blocks * (chunks + 1), dtype=torch.int32, device=device)
     num_listed = maxima[blocks * chunks :]
     listed, listed_at = torch.empty((2, blocks, longest), dtype=torch.int32, device=device)
     out = torch.empty((blocks, k), dtype=torch.int64, device=device)
-    start_loc, grid = start_loc.to(device), (blocks, max(1, triton.cdiv(longest, _SLICE)))
-    find_maxima[grid](votes, start_loc, maxima, num_listed, chunks, SLICE=_SLICE, CHUNK=chunk, num_warps=8)
+    start_loc, grid = start_loc.to(device), (blocks, triton.cdiv(longest, size))
+    find_maxima[grid](votes, start_loc, maxima, num_listed, chunks, SLICE=size, CHUNK=chunk, num_warps=8)
     list_votes[grid](
         votes, start_loc, maxima, listed, listed_at, num_listed, chunks, k, longest,
-        SLICE=_SLICE, AT_HAND=min(2 * _AT_HAND, triton.next_power_of_2(chunks)), num_warps=8,
+        SLICE=size, AT_HAND=min(2 * _AT_HAND, triton.next_power_of_2(chunks)), num_warps=16,
     )  # fmt: skip
     write_chosen[grid](
-        votes, start_loc, listed, listed_at, num_listed, out, k, longest, SLICE=_SLICE, AT_HAND=_AT_HAND, num_warps=8
+        votes, start_loc, listed, listed_at, num_listed, out, k, longest, SLICE=size, AT_HAND=_AT_HAND, num_warps=8
     )
     return out
 
@@ -203,6 +204,5 @@ def _longest(votes: Tensor, start_loc: Tensor) -> int:
 
 
 def _per_chunk(longest: int, k: int) -> int:
-    """Votes per chunk, a power of 2: many more chunks than are chosen."""
-    most = longest // max(_CHUNKS_PER_CHOICE * k, _LEAST_CHUNKS)
-    return min(_SLICE, 1 << max(0, most.bit_length() - 1))
+    """Votes per chunk, a power of 2: more chunks than are chosen, no more than a program holds."""
+    return triton.next_power_of_2(triton.cdiv(longest, max(_CHUNKS_PER_CHOICE * k, _LEAST_CHUNKS)))
