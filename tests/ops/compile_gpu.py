@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import triton
-from cases import Sparse, Votes, angles, contiguous, paged, sequences_of, sparse_case, votes_case
+from cases import Sparse, Votes, angles, contiguous, sequences_of, sparse_case, votes_case
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction

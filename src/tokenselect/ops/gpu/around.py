@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenselect.ops.gpu.bounds import on_device
-from tokenselect.ops.gpu.device_code import first_slot, load_rotated, slots_of
+from tokenselect.ops.gpu.bounds import on_device, overlap
+from tokenselect.ops.gpu.device_code import after_predecessor, first_slot, load_rotated, slots_of
 from tokenselect.ops.paging import PageTable
 
 _POOLED_AT_ONCE = 32
@@ -25,8 +25,10 @@ _SLOTS_AT_ONCE = 512
 def sum_rotated(
     queries, bounds, cos, sin, sums,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, AT_ONCE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [num_blocks, num_q_heads, parts]: the sum of up to AT_ONCE rotated queries, divided by how many all are."""
+    after_predecessor(OVERLAP)
     block, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     first = tl.load(bounds + 2 * block)
@@ -52,7 +54,7 @@ def pool_queries(
     sum_rotated[len(blocks), heads, parts](
         queries.contiguous(), bounds, cos.contiguous(), sin.contiguous(), sums,
         D=dim, DP=max(16, triton.next_power_of_2(dim)), HALF=cos.shape[1], INTERLEAVED=interleaved,
-        AT_ONCE=_POOLED_AT_ONCE, num_warps=4,
+        AT_ONCE=_POOLED_AT_ONCE, num_warps=4, **overlap(queries.device),
     )  # fmt: skip
     return sums.sum(1) if parts > 1 else sums[:, 0]
 
@@ -60,9 +62,10 @@ def pool_queries(
 @triton.jit
 def write_slots(
     chosen, blocks, pages, padding, slots, page_size, page_stride, sinks, k, low,
-    ONE_PAGE: tl.constexpr, AT_ONCE: tl.constexpr,
+    ONE_PAGE: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid [num_blocks, pieces]: rows of the cache of a block's sinks, chosen tokens, and what is from its window on."""
+    """Grid [num_blocks, pieces]: where a block's sinks, chosen tokens, and all from its window on lie in the cache."""
+    after_predecessor(OVERLAP)
     own = blocks + 4 * tl.program_id(0)
     sequence, window = tl.load(own), tl.load(own + 1)
     begin, length = tl.load(own + 2), tl.load(own + 3)
@@ -107,14 +110,15 @@ def attended_slots(
     write_slots[len(lengths), triton.cdiv(max(lengths), _SLOTS_AT_ONCE)](
         chosen, on_device([at for row in rows for at in row], device), pages.pages, on_device(pages.padding, device),
         slots, pages.page_size, pages.pages.stride(0), num_sinks, k, num_sinks,
-        ONE_PAGE=pages.pages.shape[1] == 1, AT_ONCE=_SLOTS_AT_ONCE, num_warps=4,
+        ONE_PAGE=pages.pages.shape[1] == 1, AT_ONCE=_SLOTS_AT_ONCE, num_warps=4, **overlap(device),
     )  # fmt: skip
     return slots, start_loc
 
 
 @triton.jit
-def compare(now, then, out, SIZE: tl.constexpr, AT_ONCE: tl.constexpr, PARTS: tl.constexpr):
+def compare(now, then, out, SIZE: tl.constexpr, AT_ONCE: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr):
     """Grid [rows]: the least cosine of PARTS parts of SIZE values each."""
+    after_predecessor(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * PARTS * SIZE
     least = 2.0
     i = tl.arange(0, AT_ONCE)
@@ -141,6 +145,6 @@ def least_cosine(now: Tensor, then: Tensor, parts: int) -> Tensor:
     size = now.shape[1] * now.shape[2] // parts
     compare[now.shape[0],](
         now.contiguous(), then.contiguous(), out,
-        SIZE=size, AT_ONCE=triton.next_power_of_2(size), PARTS=parts, num_warps=4,
+        SIZE=size, AT_ONCE=triton.next_power_of_2(size), PARTS=parts, num_warps=4, **overlap(now.device),
     )  # fmt: skip
     return out

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from tokenselect.ops.gpu.attention_kernels import attend_few, attend_many, gather_rotated, join_splits
-from tokenselect.ops.gpu.bounds import on_device, on_host, precision
+from tokenselect.ops.gpu.bounds import on_device, on_host, overlap, precision
 
 _MOST_ROWS = 64  # queries times heads of a group that gather for themselves
-_PROGRAMS = 264  # that fill a chip, about
-_FEW_KEYS, _FEW_WARPS = 64, 4  # per step of a program with few queries
+_PROGRAMS = 340  # that fill a chip, about
+_FEW_KEYS, _FEW_WARPS = 32, 4  # per step of a program with few queries
 _GATHER = 32
 
 
@@ -81,7 +81,7 @@ def sparse_attention(
 @functools.lru_cache(maxsize=64)
 def _split(query_bounds: tuple[int, ...], slot_bounds: tuple[int, ...], group: int) -> tuple[_Blocks, _Blocks]:
     """Blocks of few queries, and of many; those without queries are nobody's."""
-    sizes = [b - a for a, b in zip(query_bounds[:-1], query_bounds[1:], strict=True)]
+    sizes = [b - a for a, b in pairwise(query_bounds)]
     few = [i for i, own in enumerate(sizes) if own and own * group <= max(_MOST_ROWS, group)]
     many = [i for i, own in enumerate(sizes) if own * group > max(_MOST_ROWS, group)]
 
@@ -89,7 +89,9 @@ def _split(query_bounds: tuple[int, ...], slot_bounds: tuple[int, ...], group: i
         lengths = [slot_bounds[i + 1] - slot_bounds[i] for i in ids]
         starts = list(accumulate(lengths, initial=0))
         most_queries = max((sizes[i] for i in ids), default=0)
-        bounds = [at for i in ids for at in (query_bounds[i], sizes[i], slot_bounds[i], slot_bounds[i + 1] - slot_bounds[i])]
+        bounds = [
+            at for i in ids for at in (query_bounds[i], sizes[i], slot_bounds[i], slot_bounds[i + 1] - slot_bounds[i])
+        ]
         return _Blocks(tuple(bounds), most_queries, max(lengths, default=0), starts[-1], tuple(starts[:-1]))
 
     return blocks(few), blocks(many)
@@ -131,13 +133,13 @@ class _Call:
             D=dim, DP=padded, HALF=self.cos.shape[1], GROUP=group, ROWS=rows, BLOCK_N=_FEW_KEYS,
             INTERLEAVED=self.interleaved, HALVES=self._has_halves(), HAS_CAP=bool(self.softcap),
             PRECISION=precision(self.queries), num_warps=_FEW_WARPS,
-            num_stages=1,
+            num_stages=1, **overlap(device),
         )  # fmt: skip
         sinks = sums if self.sink_logits is None else self.sink_logits
         join_splits[count, num_kv_heads, blocks.most_queries * group](
             parts, sums, sinks, bounds, self.out, splits,
             D=dim, DP=padded, GROUP=group, ROWS=rows, SPLITS=_power_of_2(splits),
-            HAS_SINKS=self.sink_logits is not None, num_warps=4,
+            HAS_SINKS=self.sink_logits is not None, num_warps=4, **overlap(device),
         )  # fmt: skip
 
     def attend_many(self, blocks: _Blocks) -> None:
@@ -151,16 +153,17 @@ class _Call:
             self.keys, self.values, self.slots, self.cos, self.sin, bounds, starts, keys, values,
             blocks.num_slots, *self._strides(),
             D=dim, DP=padded, HALF=self.cos.shape[1], BLOCK_N=_GATHER, INTERLEAVED=self.interleaved,
-            HALVES=self._has_halves(), num_warps=4,
+            HALVES=self._has_halves(), num_warps=4, **overlap(device),
         )  # fmt: skip
-        block_m, block_n, warps, stages = _tiles(self.queries.dtype, padded)
+        block_m, block_n, warps, stages = _tiles(self.queries.dtype, padded, device)
         sinks = self.cos if self.sink_logits is None else self.sink_logits
         attend_many[-(-blocks.most_queries // block_m), heads, count](
             self.queries, keys, values, self.cos, self.sin, sinks, bounds, starts,
             self.out, self.scale, self.softcap or 1.0, blocks.num_slots,
             D=dim, DP=padded, HALF=self.cos.shape[1], GROUP=heads // num_kv_heads, BLOCK_M=block_m,
             BLOCK_N=block_n, INTERLEAVED=self.interleaved, HAS_CAP=bool(self.softcap),
-            HAS_SINKS=self.sink_logits is not None, PRECISION=precision(self.queries), num_warps=warps, num_stages=stages,
+            HAS_SINKS=self.sink_logits is not None, PRECISION=precision(self.queries),
+            num_warps=warps, num_stages=stages, **overlap(device),
         )  # fmt: skip
 
     def _has_halves(self) -> bool:
@@ -172,11 +175,25 @@ class _Call:
         return self.keys.stride(0), self.keys.stride(1), self.values.stride(0), self.values.stride(1)
 
 
-def _tiles(dtype: torch.dtype, padded: int) -> tuple[int, int, int, int]:
+def _tiles(dtype: torch.dtype, padded: int, device: torch.device) -> tuple[int, int, int, int]:
     """Queries and keys per step, warps and stages, so that shared memory and registers hold them."""
     if dtype == torch.float32:
-        return (32, 32, 4, 2) if padded > 128 else (64, 32, 4, 2)
-    return (64, 32, 4, 2) if padded > 128 else (128, 128, 8, 3)
+        return (32, 32, 4, 1) if padded > 128 else (64, 32, 4, 1)
+    room = _shared_memory(device)
+    if padded > 128:
+        return (64, 32, 4, 2) if room > 100_000 else (64, 32, 4, 1)
+    if room > 225_000:  # Hopper and later
+        return 128, 128, 8, 3
+    return (128, 64, 8, 2) if room > 160_000 else (64, 64, 4, 2 if room > 90_000 else 1)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have."""
+    if device.type != "cuda":
+        return 64 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 64 * 1024))
 
 
 def _power_of_2(n: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenselect.ops.gpu.device_code import load_halves, load_rotated
+from tokenselect.ops.gpu.device_code import after_predecessor, load_halves, load_rotated
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -59,13 +59,14 @@ def attend_few(
     scale, softcap, key_stride, key_head_stride, value_stride, value_head_stride, splits,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr, HALVES: tl.constexpr, HAS_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [blocks, num_kv_heads, splits]: all queries of a KV head over a share of the slots, gathered in place.
 
     Row r is query r // GROUP of the block, query head r % GROUP of the KV head. HALVES: a vector is two halves that
     turn together, so that no element is loaded twice.
     """
+    after_predecessor(OVERLAP)
     kv, split = tl.program_id(1), tl.program_id(2)
     num_kv = tl.num_programs(1)
     first, own, begin, length = _bounds(blocks, tl.program_id(0))
@@ -117,9 +118,10 @@ def attend_few(
 def join_splits(
     parts, sums, sink_logits, blocks, out, splits,
     D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
+    HAS_SINKS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [blocks, num_kv_heads, rows]: one row's output from its shares."""
+    after_predecessor(OVERLAP)
     kv, r = tl.program_id(1), tl.program_id(2)
     num_kv = tl.num_programs(1)
     first, own, _, _ = _bounds(blocks, tl.program_id(0))
@@ -145,9 +147,10 @@ def gather_rotated(
     keys, values, slots, cos, sin, blocks, buffer_start, key_buffer, value_buffer, size,
     key_stride, key_head_stride, value_stride, value_head_stride,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HALVES: tl.constexpr,
+    HALVES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [tiles of the longest block, num_kv_heads, blocks]: keys, rotated, and values next to each other."""
+    after_predecessor(OVERLAP)
     kv, b = tl.program_id(1).to(tl.int64), tl.program_id(2)
     _, _, begin, length = _bounds(blocks, b)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -179,9 +182,10 @@ def attend_many(
     scale, softcap, size,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [tiles of the longest block's queries, num_q_heads, blocks]: causal attention over gathered rows."""
+    after_predecessor(OVERLAP)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those that see most begin first
     head, b = tl.program_id(1), tl.program_id(2)
     first, own, _, length = _bounds(blocks, b)

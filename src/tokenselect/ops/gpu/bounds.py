@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_MOST_KNOWN = 64
+_MOST_KNOWN = 1024
 _known: OrderedDict[int, tuple[weakref.ref[Tensor], int, list[int]]] = OrderedDict()
 
 
@@ -25,6 +25,7 @@ def on_host(tensor: Tensor) -> list[int]:
         return values
     entry = _known.get(id(tensor))
     if entry is not None and entry[0]() is tensor and entry[1] == _version(tensor):
+        _known.move_to_end(id(tensor))
         return entry[2]
     return remember(tensor, tensor.flatten().tolist())
 
@@ -71,3 +72,11 @@ def precision(operand: Tensor) -> str:
     if operand.dtype != torch.float32:
         return "tf32"
     return "tf32x3" if torch.version.hip is None else "ieee"
+
+
+@functools.cache
+def overlap(device: torch.device) -> dict[str, bool]:
+    """Launch options: from Hopper on a kernel may begin while the one before it ends."""
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}

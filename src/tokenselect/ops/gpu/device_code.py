@@ -5,7 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["first_slot", "load_halves", "load_rotated", "load_rotation", "rotary_pairs", "slots_of"]
+__all__ = [
+    "after_predecessor",
+    "first_slot",
+    "load_halves",
+    "load_rotated",
+    "load_rotation",
+    "rotary_pairs",
+    "slots_of",
+]
+
+
+@triton.jit
+def after_predecessor(OVERLAP: tl.constexpr):
+    """First line of every kernel: begin while the one before still runs, touch memory when it has ended."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -55,9 +71,7 @@ def load_rotation(cos, sin, at, d, is_row, HALF: tl.constexpr, INTERLEAVED: tl.c
 
 
 @triton.jit
-def load_rotated(
-    rows, cos, sin, at, d, is_row, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
-):
+def load_rotated(rows, cos, sin, at, d, is_row, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Vectors [rows, DP] float32 that begin at the pointers `rows`, rotated by the rows `at` of the tables."""
     _, partner, _ = rotary_pairs(d, HALF, INTERLEAVED)
     x = tl.load(rows[:, None] + d[None, :], mask=is_row[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenselect.ops.gpu.bounds import is_capturing, is_known, on_device, on_host, precision, remember
+from tokenselect.ops.gpu.bounds import is_capturing, is_known, on_device, on_host, overlap, precision, remember
 from tokenselect.ops.gpu.score_kernels import BY_TILE, BY_TOKEN, ONCE, reduce_rows, score_tiles, sum_votes
 from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import Distances
@@ -17,10 +17,9 @@ from tokenselect.ops.reference import Distances
 _LEAST_ROWS, _MOST_ROWS = 16, 32  # of one product with a tile of keys
 _LEAST_DEPTH = 32  # of a product of integers
 _WARPS, _STAGES = 4, 3
-_OPTIONS: dict[str, int] = {}
 _MOST_WEIGHTS = 2**29  # exponentials kept at once: 1 GiB
 _MOST_TILES_EACH, _PROGRAMS = 32, 2048
-_TILES_SUMMED = 8
+_TOKEN_ROWS_SUMMED = 8192  # at once, of a program
 _ONCE, _BY_TILE, _BY_TOKEN = (how.value for how in (ONCE, BY_TILE, BY_TOKEN))
 
 
@@ -174,13 +173,14 @@ class _Call:
             self._score_views(launch, shape, own, block_t, tiles_each, weights[i], peaks[i], stats[i])
             reduce_rows[groups, num_kv_heads, shape.rows](
                 stats[i], totals[i], context, blocks, shares, tiles_each * block_t, BLOCKS=shape.blocks,
-                ROWS=shape.rows, GROUP_PAD=shape.group_pad, BLOCK=256, num_warps=4,
+                ROWS=shape.rows, GROUP_PAD=shape.group_pad, BLOCK=256, num_warps=4, **overlap(device),
             )  # fmt: skip
-        sum_votes[groups, -(-num_tiles // _TILES_SUMMED)](
-            weights, peaks, totals, candidates, context, spans.start_loc[part.first :], votes, blocks, num_tiles, groups,
-            KV=num_kv_heads, KV_PAD=_power_of_2(num_kv_heads), GROUP=shape.group, GROUP_PAD=shape.group_pad,
-            BLOCKS=shape.blocks, LAUNCHES=len(launches), ROWS=shape.rows, BLOCK_T=block_t, TILES=_TILES_SUMMED,
-            num_warps=4,
+        tiles_summed = max(1, _TOKEN_ROWS_SUMMED // (block_t * shape.rows))
+        sum_votes[groups, -(-num_tiles // tiles_summed)](
+            weights, peaks, totals, candidates, context, spans.start_loc[part.first :], votes, blocks, num_tiles,
+            groups, KV=num_kv_heads, KV_PAD=_power_of_2(num_kv_heads), GROUP=shape.group, GROUP_PAD=shape.group_pad,
+            BLOCKS=shape.blocks, LAUNCHES=len(launches), ROWS=shape.rows, BLOCK_T=block_t, TILES=tiles_summed,
+            num_warps=4, **overlap(device),
         )  # fmt: skip
 
     def _launches(self) -> list[tuple[list[Distances], int]]:
@@ -225,7 +225,7 @@ class _Call:
             GROUP_PAD=shape.group_pad, BLOCKS=shape.blocks, BLOCK_T=block_t, VIEWS=len(views), HOW=how,
             ONE_PAGE=pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
             INTERLEAVED=first.interleaved, HAS_CONTEXT=self.context is not self.candidates,
-            PRECISION=precision(self.keys), num_warps=_WARPS, **_OPTIONS,
+            PRECISION=precision(self.keys), num_warps=_WARPS, **overlap(self.keys.device),
             num_stages=1 if exact or how == _BY_TOKEN else 2 if shape.blocks > 1 else _STAGES,
         )  # fmt: skip
 
@@ -233,9 +233,7 @@ class _Call:
 def _whole(view: Distances) -> Distances:
     if view.cos.is_contiguous() and view.sin.is_contiguous():
         return view
-    return Distances(
-        view.cos.contiguous(), view.sin.contiguous(), view.run_size, view.run_start_loc, view.interleaved
-    )
+    return Distances(view.cos.contiguous(), view.sin.contiguous(), view.run_size, view.run_start_loc, view.interleaved)
 
 
 def _tile(views: Sequence[Distances], num_blocks: int) -> int:

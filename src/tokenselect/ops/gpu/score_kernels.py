@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenselect.ops.gpu.device_code import first_slot, load_rotation, rotary_pairs, slots_of
+from tokenselect.ops.gpu.device_code import after_predecessor, first_slot, load_rotation, rotary_pairs, slots_of
 
 # How a view rotates: all keys alike, each tile alike, or every key on its own.
 ONCE = tl.constexpr(0)
@@ -44,7 +44,7 @@ def score_tiles(
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, VIEWS: tl.constexpr, HOW: tl.constexpr,
     ONE_PAGE: tl.constexpr, HAS_SCALES: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_CONTEXT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [groups of BLOCKS blocks that share sequence and start, num_kv_heads, shares of the tiles].
 
@@ -52,6 +52,7 @@ def score_tiles(
     of a product are (view, block, head of the group). With two views the first rotates all keys alike, and HOW is how
     the second does; with one it is how that one does, which then comes as the second.
     """
+    after_predecessor(OVERLAP)
     ROWS: tl.constexpr = VIEWS * BLOCKS * GROUP_PAD
     first = tl.program_id(0) * BLOCKS
     kv, share = tl.program_id(1), tl.program_id(2)
@@ -75,7 +76,7 @@ def score_tiles(
     if first_tile >= last_tile:
         return
 
-    _, partner, sign = rotary_pairs(d, HALF, INTERLEAVED)
+    _, partner, _ = rotary_pairs(d, HALF, INTERLEAVED)
     own = queries + ((block * num_kv * GROUP + head) * D)[:, None]
     q = tl.load(own + d[None, :], mask=(d < D)[None, :], other=0.0).to(tl.float32) * (scale * LOG2E)
     p = tl.load(own + partner[None, :], mask=(d < 2 * HALF)[None, :], other=0.0).to(tl.float32) * (scale * LOG2E)
@@ -181,9 +182,10 @@ def _turned_back(k, rows, cos, sin, run, d, is_token, HALF: tl.constexpr, INTERL
 @triton.jit
 def reduce_rows(
     stats, totals, context, num_blocks, num_shares, share_size, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
-    GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [groups, num_kv_heads, ROWS]: maximum and sums of a row over the shares that its context reaches into."""
+    after_predecessor(OVERLAP)
     r = tl.program_id(2)
     block = tl.minimum(tl.program_id(0) * BLOCKS + r // GROUP_PAD % BLOCKS, num_blocks - 1)
     length = (tl.load(context + 2 * block + 1) - tl.load(context + 2 * block)).to(tl.int32)
@@ -227,9 +229,10 @@ def _view_sums(totals, KV: tl.constexpr, KV_PAD: tl.constexpr, ROWS: tl.constexp
 def sum_votes(
     weights, peaks, totals, candidates, context, start_loc, votes, num_blocks, num_tiles, num_groups,
     KV: tl.constexpr, KV_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCKS: tl.constexpr,
-    LAUNCHES: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, TILES: tl.constexpr,
+    LAUNCHES: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, TILES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [groups, pieces of TILES tiles]: add the normalised weights of all heads and views."""
+    after_predecessor(OVERLAP)
     group, first_tile = tl.program_id(0), tl.program_id(1) * TILES
     r = tl.arange(0, ROWS)
     tile = first_tile + tl.arange(0, TILES)

@@ -7,12 +7,15 @@ chosen positions of its own slice.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenselect.ops.gpu.bounds import is_known, on_host
+from tokenselect.ops.gpu.bounds import is_known, on_host, overlap
+from tokenselect.ops.gpu.device_code import after_predecessor
 
 _LEAST_SLICE, _MOST_SLICE, _SLICES = 4096, 8192, 128  # votes per program, and programs wanted
 _AT_HAND = 4096  # how much of a list a program holds
@@ -35,9 +38,10 @@ def _block(start_loc):
 
 @triton.jit
 def find_maxima(
-    votes, start_loc, maxima, num_listed, num_chunks, SLICE: tl.constexpr, CHUNK: tl.constexpr
+    votes, start_loc, maxima, num_listed, num_chunks, SLICE: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr
 ):
     """Grid [num_blocks, slices]: the maximum of every chunk; -1 for chunks of no votes."""
+    after_predecessor(OVERLAP)
     start, count = _block(start_loc)
     block, edge = tl.program_id(0), tl.program_id(1) * SLICE
     if tl.program_id(1) == 0:
@@ -93,9 +97,10 @@ def _between(values, first, n, k, most, lane, AT_HAND: tl.constexpr):
 @triton.jit
 def list_votes(
     votes, start_loc, maxima, listed, listed_at, num_listed, num_chunks, k, size,
-    SLICE: tl.constexpr, AT_HAND: tl.constexpr,
+    SLICE: tl.constexpr, AT_HAND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [num_blocks, slices]: list, in any order, the votes that reach about the k-th largest maximum."""
+    after_predecessor(OVERLAP)
     start, count = _block(start_loc)
     block, edge = tl.program_id(0), tl.program_id(1) * SLICE
     if edge >= count:
@@ -139,9 +144,20 @@ def _last_tie(listed, listed_at, least, ties, n, lane, AT_HAND: tl.constexpr):
 
 @triton.jit
 def write_chosen(
-    votes, start_loc, listed, listed_at, num_listed, out, k, size, SLICE: tl.constexpr, AT_HAND: tl.constexpr
+    votes,
+    start_loc,
+    listed,
+    listed_at,
+    num_listed,
+    out,
+    k,
+    size,
+    SLICE: tl.constexpr,
+    AT_HAND: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid [num_blocks, slices]: the exact threshold, found by every program, and its own slice's choice."""
+    after_predecessor(OVERLAP)
     start, count = _block(start_loc)
     block, edge = tl.program_id(0), tl.program_id(1) * SLICE
     if edge >= count:
@@ -184,13 +200,26 @@ def topk_tokens(votes: Tensor, start_loc: Tensor, k: int) -> Tensor:
     listed, listed_at = torch.empty((2, blocks, longest), dtype=torch.int32, device=device)
     out = torch.empty((blocks, k), dtype=torch.int64, device=device)
     start_loc, grid = start_loc.to(device), (blocks, triton.cdiv(longest, size))
-    find_maxima[grid](votes, start_loc, maxima, num_listed, chunks, SLICE=size, CHUNK=chunk, num_warps=8)
+    find_maxima[grid](
+        votes, start_loc, maxima, num_listed, chunks, SLICE=size, CHUNK=chunk, num_warps=8, **overlap(device)
+    )
     list_votes[grid](
         votes, start_loc, maxima, listed, listed_at, num_listed, chunks, k, longest,
-        SLICE=size, AT_HAND=min(2 * _AT_HAND, triton.next_power_of_2(chunks)), num_warps=16,
+        SLICE=size, AT_HAND=min(2 * _AT_HAND, triton.next_power_of_2(chunks)), num_warps=16, **overlap(device),
     )  # fmt: skip
     write_chosen[grid](
-        votes, start_loc, listed, listed_at, num_listed, out, k, longest, SLICE=size, AT_HAND=_AT_HAND, num_warps=8
+        votes,
+        start_loc,
+        listed,
+        listed_at,
+        num_listed,
+        out,
+        k,
+        longest,
+        SLICE=size,
+        AT_HAND=_AT_HAND,
+        num_warps=8,
+        **overlap(device),
     )
     return out
 
@@ -200,7 +229,7 @@ def _longest(votes: Tensor, start_loc: Tensor) -> int:
     if not is_known(start_loc):
         return votes.shape[0]
     bounds = on_host(start_loc)
-    return max(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    return max(b - a for a, b in pairwise(bounds))
 
 
 def _per_chunk(longest: int, k: int) -> int:
