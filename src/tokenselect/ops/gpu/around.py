@@ -13,50 +13,63 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenselect.ops.gpu.bounds import on_device, overlap
-from tokenselect.ops.gpu.device_code import after_predecessor, first_slot, load_rotated, slots_of
+from tokenselect.ops.gpu.bounds import has_halves, on_device, overlap
+from tokenselect.ops.gpu.device_code import after_predecessor, first_slot, load_halves, load_rotated, slots_of
 from tokenselect.ops.paging import PageTable
 
-_POOLED_AT_ONCE = 32
+_POOLED_AT_ONCE = 128
 _SLOTS_AT_ONCE = 512
 
 
 @triton.jit
-def sum_rotated(
-    queries, bounds, cos, sin, sums,
-    D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, AT_ONCE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+def average_rotated(
+    queries, bounds, cos, sin, out,
+    D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HALVES: tl.constexpr,
+    AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid [num_blocks, num_q_heads, parts]: the sum of up to AT_ONCE rotated queries, divided by how many all are."""
+    """Grid [num_blocks, num_q_heads]: the mean of a block's queries, each rotated by its place in the block."""
     after_predecessor(OVERLAP)
-    block, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    heads = tl.num_programs(1)
+    block, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     first = tl.load(bounds + 2 * block)
-    own = tl.load(bounds + 2 * block + 1) - first
-    i = part * AT_ONCE + tl.arange(0, AT_ONCE)
-    d = tl.arange(0, DP)
-    rows = queries + ((first + i) * heads + head) * D
-    turned = load_rotated(rows, cos, sin, i, d, i < own, D, HALF, INTERLEAVED)
-    place = sums + ((block * tl.num_programs(2) + part) * heads + head) * D
-    tl.store(place + d, tl.sum(turned, axis=0) / own, mask=d < D)
+    own = (tl.load(bounds + 2 * block + 1) - first).to(tl.int32)
+    lane = tl.arange(0, AT_ONCE)
+    here = out + (block * heads + head) * D
+    if HALVES:
+        h = tl.arange(0, HALF)
+        total, total_2 = tl.zeros([AT_ONCE, HALF], tl.float32), tl.zeros([AT_ONCE, HALF], tl.float32)
+        for start in range(0, own, AT_ONCE):
+            i = start + lane
+            rows = queries + ((first + i) * heads + head) * D
+            a, b = load_halves(rows, cos, sin, i, h, i < own, HALF)
+            total += a
+            total_2 += b
+        tl.store(here + h, tl.sum(total, axis=0) / own)
+        tl.store(here + HALF + h, tl.sum(total_2, axis=0) / own)
+    else:
+        d = tl.arange(0, DP)
+        total = tl.zeros([AT_ONCE, DP], tl.float32)
+        for start in range(0, own, AT_ONCE):
+            i = start + lane
+            rows = queries + ((first + i) * heads + head) * D
+            total += load_rotated(rows, cos, sin, i, d, i < own, D, HALF, INTERLEAVED)
+        tl.store(here + d, tl.sum(total, axis=0) / own, mask=d < D)
 
 
 def pool_queries(
     queries: Tensor, blocks: Sequence[tuple[int, int]], cos: Tensor, sin: Tensor, interleaved: bool = False
 ) -> Tensor:
     """See `ops.reference.pool_queries`."""
-    longest = max(end - start for start, end in blocks)
-    if longest == 1 and len(blocks) == queries.shape[0] and all(start == i for i, (start, _) in enumerate(blocks)):
+    if all(end - start == 1 for start, end in blocks) and len(blocks) == queries.shape[0]:
         return queries  # scoring takes them in any type
-    (_, heads, dim), parts = queries.shape, triton.cdiv(longest, _POOLED_AT_ONCE)
-    sums = torch.empty((len(blocks), parts, heads, dim), dtype=torch.float32, device=queries.device)
+    (_, heads, dim), half = queries.shape, cos.shape[1]
+    out = torch.empty((len(blocks), heads, dim), dtype=torch.float32, device=queries.device)
     bounds = on_device([at for block in blocks for at in block], queries.device)
-    sum_rotated[len(blocks), heads, parts](
-        queries.contiguous(), bounds, cos.contiguous(), sin.contiguous(), sums,
-        D=dim, DP=max(16, triton.next_power_of_2(dim)), HALF=cos.shape[1], INTERLEAVED=interleaved,
-        AT_ONCE=_POOLED_AT_ONCE, num_warps=4, **overlap(queries.device),
+    average_rotated[len(blocks), heads](
+        queries.contiguous(), bounds, cos.contiguous(), sin.contiguous(), out,
+        D=dim, DP=max(16, triton.next_power_of_2(dim)), HALF=half, INTERLEAVED=interleaved,
+        HALVES=has_halves(dim, half, interleaved), AT_ONCE=_POOLED_AT_ONCE, num_warps=16, **overlap(queries.device),
     )  # fmt: skip
-    return sums.sum(1) if parts > 1 else sums[:, 0]
+    return out
 
 
 @triton.jit

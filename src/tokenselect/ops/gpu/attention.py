@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenselect.ops.gpu.attention_kernels import attend_few, attend_many, gather_rotated, join_splits
-from tokenselect.ops.gpu.bounds import on_device, on_host, overlap, precision
+from tokenselect.ops.gpu.bounds import has_halves, on_device, on_host, overlap, precision
 
 _MOST_ROWS = 64  # queries times heads of a group that gather for themselves
 _PROGRAMS = 340  # that fill a chip, about
@@ -167,9 +167,7 @@ class _Call:
         )  # fmt: skip
 
     def _has_halves(self) -> bool:
-        """Whether every vector is two halves that turn together, each as long as a tile may be."""
-        half, dim = self.cos.shape[1], self.queries.shape[2]
-        return not self.interleaved and 2 * half == dim and half >= 16 and half == _power_of_2(half)
+        return has_halves(self.queries.shape[2], self.cos.shape[1], self.interleaved)
 
     def _strides(self) -> tuple[int, int, int, int]:
         return self.keys.stride(0), self.keys.stride(1), self.values.stride(0), self.values.stride(1)

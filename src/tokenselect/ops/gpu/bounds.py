@@ -80,3 +80,8 @@ def overlap(device: torch.device) -> dict[str, bool]:
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
         return {"OVERLAP": False}
     return {"OVERLAP": True, "launch_pdl": True}
+
+
+def has_halves(dim: int, half: int, interleaved: bool) -> bool:
+    """Whether vectors are two halves that turn together, each as long as a tile may be."""
+    return not interleaved and 2 * half == dim and half >= 16 and half & (half - 1) == 0

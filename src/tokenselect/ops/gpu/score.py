@@ -14,7 +14,8 @@ from tokenselect.ops.gpu.score_kernels import BY_TILE, BY_TOKEN, ONCE, reduce_ro
 from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import Distances
 
-_LEAST_ROWS, _MOST_ROWS = 16, 32  # of one product with a tile of keys
+# Rows of one product with a tile of keys
+_LEAST_ROWS, _MOST_ROWS = (8, 32) if torch.version.hip is None else (16, 32)
 _LEAST_DEPTH = 32  # of a product of integers
 _WARPS, _STAGES = 4, 3
 _MOST_WEIGHTS = 2**29  # exponentials kept at once: 1 GiB
@@ -180,7 +181,7 @@ class _Call:
             weights, peaks, totals, candidates, context, spans.start_loc[part.first :], votes, blocks, num_tiles,
             groups, KV=num_kv_heads, KV_PAD=_power_of_2(num_kv_heads), GROUP=shape.group, GROUP_PAD=shape.group_pad,
             BLOCKS=shape.blocks, LAUNCHES=len(launches), ROWS=shape.rows, BLOCK_T=block_t, TILES=tiles_summed,
-            num_warps=4, **overlap(device),
+            num_warps=8, **overlap(device),
         )  # fmt: skip
 
     def _launches(self) -> list[tuple[list[Distances], int]]:
@@ -193,7 +194,7 @@ class _Call:
     def _rows(self, part: _Part, launches: list[tuple[list[Distances], int]]) -> _Rows:
         group, views = self.queries.shape[1] // self.keys.shape[1], len(launches[0][0])
         alone = any(how == _BY_TOKEN for _, how in launches)
-        most = _LEAST_ROWS if self.keys.dtype == torch.float32 else _MOST_ROWS
+        most = 16 if self.keys.dtype == torch.float32 else _MOST_ROWS
         group_pad = _power_of_2(group)
         blocks = 1 if alone else max(1, min(_power_of_2(part.together), most // (group_pad * views)))
         group_pad = max(group_pad, _LEAST_ROWS // (blocks * views))
