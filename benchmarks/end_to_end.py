@@ -1,5 +1,6 @@
 """How fast, and with how much memory, against the same model with dense attention, in one process.
 
+    python -m benchmarks.end_to_end latency               # against llama.cpp too, which `make llama` installs
     python -m benchmarks.end_to_end prefill --length 32000
     python -m benchmarks.end_to_end within-budget
     python -m benchmarks.end_to_end memory --length 32000
@@ -10,25 +11,44 @@ Methods take turns, so that noise of the machine meets all of them; medians are 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich import print as show
-from transformers import DynamicCache
 
+from benchmarks.engines import BLOCK, ENGINES
+from benchmarks.latency import measure_latency, prompt
 from benchmarks.report import append_rows
 from tokenselect.config import TokenSelectConfig
-from tokenselect.evals.texts import state_of_the_union, token_window
 from tokenselect.integrations.transformers import TokenSelect
+from tokenselect.measure import read_and_write
 from tokenselect.memory import PeakMemory, kv_bytes, settled_memory
-from tokenselect.methods import attach
+from tokenselect.methods import METHODS
 from tokenselect.models import LoadedModel, load_model
 
 app = typer.Typer(add_completion=False, help=__doc__)
-_METHODS = ("tokenselect", "streaming", "dense")
+_LENGTHS = [1024, 4096, 8192, 16384, 32768, 65536]
+
+
+@app.command()
+def latency(
+    lengths: Annotated[list[int], typer.Option("--length", help="tokens of the prompt, multiples of 512")] = _LENGTHS,
+    methods: Annotated[list[str], typer.Option("--method", help=f"of {', '.join(ENGINES)}")] = list(ENGINES),  # noqa: B006
+    repeats: Annotated[int, typer.Option(help="most runs of each")] = 5,
+    seconds: Annotated[float, typer.Option(help="who has taken so long at a length is not repeated")] = 240.0,
+    decode: Annotated[int, typer.Option(help="tokens decoded after the prompt")] = 32,
+    limit: Annotated[float, typer.Option(help="seconds of a prefill; above it the last block alone is read")] = 1200.0,
+    threads: Annotated[int, typer.Option(help="torch threads; 0: what torch chooses")] = 0,
+) -> None:
+    """Time to the first token and per token, of TokenSelect, sinks + local, dense attention and llama.cpp."""
+    if wrong := [length for length in lengths if length < BLOCK or length % BLOCK]:
+        raise typer.BadParameter(f"--length must be a multiple of {BLOCK}, got {wrong[0]}")
+    if threads:
+        torch.set_num_threads(threads)
+    loaded = load_model()
+    for length in lengths:
+        measure_latency(loaded, methods, length, repeats, seconds, decode, limit)
 
 
 @app.command()
@@ -39,10 +59,10 @@ def prefill(
     decode: Annotated[int, typer.Option(help="tokens decoded after it")] = 16,
 ) -> None:
     """Tokens read and written per second at a length beyond the window."""
-    loaded, ids = _load(length)
-    times: dict[str, list[tuple[float, float]]] = {method: [] for method in _METHODS}
+    loaded, ids = load_text(length)
+    times: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
     for i in range(repeats):
-        for method in _METHODS:
+        for method in METHODS:
             if method != "dense" or i < dense_repeats:
                 times[method].append(_run(loaded, ids, method, decode))
                 show(method, [round(part, 3) for part in times[method][-1]])
@@ -61,7 +81,7 @@ def within_budget(
 ) -> None:
     """What it costs where nothing needs to be selected: our time over the plain model's."""
     for length in lengths:
-        loaded, ids = _load(length)
+        loaded, ids = load_text(length)
         rounds = []
         for i in range(repeats):
             order = ("dense", "tokenselect") if i % 2 else ("tokenselect", "dense")
@@ -80,7 +100,7 @@ def within_budget(
 @app.command()
 def memory(length: Annotated[int, typer.Option(help="tokens of the prompt")] = 32_000) -> None:
     """Peak resident memory of a prefill beyond weights and KV."""
-    loaded, ids = _load(length)
+    loaded, ids = load_text(length)
     with TokenSelect(loaded.model), torch.no_grad():
         loaded.model(ids[:, :600], logits_to_keep=1)  # what is made once
         before = settled_memory()
@@ -92,33 +112,16 @@ def memory(length: Annotated[int, typer.Option(help="tokens of the prompt")] = 3
     _report("memory", row | {"peak_beyond_weights_and_kv_mb": round((used - cache) / 1e6)})
 
 
-def _load(length: int) -> tuple[LoadedModel, torch.Tensor]:
+def load_text(length: int) -> tuple[LoadedModel, torch.Tensor]:
+    """The embedded model, and [1, length] tokens of real text."""
     loaded = load_model()
-    text = token_window(loaded.tokenizer, state_of_the_union(), length + 64, 3_000_000)
-    return loaded, loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :length]
+    return loaded, prompt(loaded, length)
 
 
-@torch.no_grad()
 def _run(loaded: LoadedModel, ids: torch.Tensor, method: str, decode: int) -> tuple[float, float]:
     """Seconds of the prefill, and the median of a decode step."""
-    model, cache = loaded.model, DynamicCache(config=loaded.model.config)
-
-    def step(tokens: torch.Tensor) -> Any:
-        return model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
-
-    with attach(model, method, TokenSelectConfig(), None):
-        read, token = _timed(lambda: step(ids))
-        steps = []
-        for _ in range(decode):
-            seconds, token = _timed(lambda token=token: step(token))  # type: ignore[misc]
-            steps.append(seconds)
-    return read, statistics.median(steps)
-
-
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = call()
-    return time.perf_counter() - started, result
+    run = read_and_write(loaded, ids, method, TokenSelectConfig(), decode)
+    return run.prefill_s, statistics.median(run.steps_s)
 
 
 def _report(name: str, row: dict[str, Any]) -> None:

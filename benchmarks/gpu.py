@@ -79,7 +79,8 @@ class Layer:
         self.shape, self.length, self.own, self.table = shape, length, own, table
         size = (1, shape.num_kv_heads, length, shape.head_dim)
         self.keys, self.values = (torch.randn(size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-        self.int8, self.scales = int8_copy(self.keys)
+        self.center = self.keys[:, :, :128].float().mean(2)
+        self.int8, self.scales = int8_copy(self.keys, self.center)
         self.pages = PageTable(torch.zeros((1, 1), dtype=torch.int64, device=DEVICE), length, [0])
         self.queries = torch.randn((own, shape.num_q_heads, shape.head_dim), device=DEVICE, dtype=torch.bfloat16)
         self.block = Block(0, length - own, length, 0)
@@ -89,11 +90,13 @@ class Layer:
 
     def score(self, by_int8: bool, ops: object = gpu) -> tuple[Tensor, Tensor]:
         """Votes, and where they begin."""
-        pooled = around.pool_queries(self.queries, [(0, self.own)], self.table.cos, self.table.sin)
-        keys, scales = (rows(self.int8), self.scales[0].T) if by_int8 else (rows(self.keys), None)
-        plan = self.plan
+        plan, table = self.plan, self.table
+        pooled = gpu.pool_queries(self.queries, plan.starts, plan.counts, table.cos, table.sin)
+        keys, scales, center = rows(self.keys), None, None
+        if by_int8:
+            keys, scales, center = rows(self.int8), self.scales[0].T, self.center
         return ops.score_tokens(  # type: ignore[attr-defined, no-any-return]
-            pooled, keys, self.pages, plan.sequences, plan.candidates, plan.distances, self.scale, None, scales
+            pooled, keys, self.pages, plan.sequences, plan.candidates, plan.distances, self.scale, None, scales, center
         )
 
     def slots(self, by_int8: bool) -> tuple[Tensor, Tensor]:
@@ -121,13 +124,10 @@ class Layer:
         return scaled_dot_product_attention(query, self.keys, self.values, enable_gqa=True)
 
 
-def int8_copy(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers [1, Hkv, T, D] and their scales [1, Hkv, T], head by head to save memory."""
-    scales = keys.abs().amax(-1).float() / 127
-    integers = torch.empty(keys.shape, dtype=torch.int8, device=keys.device)
-    for head in range(keys.shape[1]):
-        integers[:, head] = (keys[:, head].float() / scales[:, head, :, None]).round().to(torch.int8)
-    return integers, scales
+def int8_copy(keys: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers [1, Hkv, T, D] and their scales [1, Hkv, T], as the cache keeps them."""
+    made, scales = gpu.quantize_rows(rows(keys), center[0])
+    return made.transpose(0, 1)[None].contiguous(), scales.T[None].contiguous()
 
 
 def rows(buffer: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+_ROOT = Path(__file__).parents[1]
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", _ROOT / "benchmarks" / "results"))  # elsewhere for trial runs
 _CPU = torch.device("cpu")
 
 
@@ -33,7 +36,7 @@ def environment(device: torch.device = _CPU) -> dict[str, Any]:
 def append_rows(name: str, rows: list[dict[str, Any]], device: torch.device = _CPU) -> Path:
     """Add rows to `results/<name>.csv`; the first row of a new file gives the columns."""
     path = RESULTS / f"{name}.csv"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{**row, **environment(device)} for row in rows]
     is_new = not path.exists()
     with path.open("a", newline="") as file:
@@ -44,6 +47,51 @@ def append_rows(name: str, rows: list[dict[str, Any]], device: torch.device = _C
     return path
 
 
+def put_rows(name: str, rows: list[dict[str, Any]], key: Sequence[str]) -> Path:
+    """Write rows to `results/<name>.csv` in place of all that have their keys, so that a run can be continued.
+
+    Args:
+        name: of the file.
+        rows: with the same columns, to which those of `environment` are added.
+        key: columns that tell one measurement, of one or more rows, from another.
+    """
+    path = RESULTS / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = environment()
+    full = [{column: str(value) for column, value in (row | facts).items()} for row in rows]
+    replaced = {row_key(row, key) for row in full}
+    old = read_rows(name)
+    place = next((i for i, row in enumerate(old) if row_key(row, key) in replaced), len(old))
+    kept = [row for row in old if row_key(row, key) not in replaced]
+    whole = [*kept[:place], *full, *kept[place:]]
+    columns = dict.fromkeys(column for row in whole for column in row)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(whole)
+    return path
+
+
+def read_rows(name: str) -> list[dict[str, str]]:
+    """The rows of `results/<name>.csv`; none where there is no such file."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def known_rows(name: str, key: Sequence[str]) -> set[tuple[str, ...]]:
+    """Keys of the rows that this very commit has written."""
+    commit = _commit()
+    return {row_key(row, key) for row in read_rows(name) if row["commit"] == commit}
+
+
+def row_key(row: Mapping[str, Any], key: Sequence[str]) -> tuple[str, ...]:
+    """What tells a row from others."""
+    return tuple(str(row.get(column, "")) for column in key)
+
+
 def _module() -> list[str]:
     spec = sys.modules["__main__"].__spec__
     return [spec.name] if spec else [Path(sys.argv[0]).name]
@@ -51,10 +99,15 @@ def _module() -> list[str]:
 
 def _commit() -> str:
     try:
-        command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS.parent).stdout.strip()
+        # Results that this very run writes do not make its code another one.
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results", ":!docs")
+        return _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(*command: str) -> str:
+    return subprocess.run(["git", *command], capture_output=True, text=True, check=True, cwd=_ROOT).stdout.strip()
 
 
 def _cpu() -> str:

@@ -1,85 +1,15 @@
-// The operations as PyTorch sees them. Only PyTorch's stable C interface (2.10 and later) is used, declared here and
-// found when the library is loaded, so that one build serves every later version and needs no PyTorch to be built.
-// Arguments are checked in Python (ops/cpu.py); schemas are defined there too.
-#include <cstdint>
+// The operations as PyTorch sees them, with every argument checked once. Schemas are defined in Python (ops/cpu.py).
 #include <cstring>
-#include <stdexcept>
 
+#include "checks.h"
 #include "dispatch.h"
-
-extern "C" {
-typedef uint64_t StableIValue;
-struct AtenTensorOpaque;
-struct TorchLibraryOpaque;
-typedef AtenTensorOpaque* AtenTensorHandle;
-typedef TorchLibraryOpaque* TorchLibraryHandle;
-typedef int32_t AOTITorchError;
-
-int32_t aoti_torch_dtype_float32();
-int32_t aoti_torch_dtype_bfloat16();
-int32_t aoti_torch_dtype_float16();
-int32_t aoti_torch_dtype_int8();
-AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle);
-AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle, void**);
-AOTITorchError aoti_torch_get_numel(AtenTensorHandle, int64_t*);
-AOTITorchError aoti_torch_get_sizes(AtenTensorHandle, int64_t**);
-AOTITorchError aoti_torch_get_strides(AtenTensorHandle, int64_t**);
-AOTITorchError aoti_torch_get_dtype(AtenTensorHandle, int32_t*);
-AOTITorchError aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t, TorchLibraryHandle*);
-AOTITorchError aoti_torch_library_impl(TorchLibraryHandle, const char*, void (*)(StableIValue*, uint64_t, uint64_t));
-AOTITorchError torch_parallel_for(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
-AOTITorchError torch_get_num_threads(uint32_t*);
-}
+#include "tensor.h"
 
 namespace tokenselect {
 namespace {
 
-void check(AOTITorchError error) {
-  if (error) throw std::runtime_error("tokenselect: a call into PyTorch failed");
-}
-
-// One tensor argument, given back at the end of the call.
-class Tensor {
- public:
-  explicit Tensor(StableIValue value) : handle_((AtenTensorHandle)(uintptr_t)value) {}
-  Tensor(const Tensor&) = delete;
-  ~Tensor() { aoti_torch_delete_tensor_object(handle_); }
-
-  template <class T>
-  T* data() const {
-    void* pointer;
-    check(aoti_torch_get_data_ptr(handle_, &pointer));
-    return (T*)pointer;
-  }
-  int64_t size(int dim) const {
-    int64_t* sizes;
-    check(aoti_torch_get_sizes(handle_, &sizes));
-    return sizes[dim];
-  }
-  int64_t stride(int dim) const {
-    int64_t* strides;
-    check(aoti_torch_get_strides(handle_, &strides));
-    return strides[dim];
-  }
-  bool empty() const {
-    int64_t count;
-    check(aoti_torch_get_numel(handle_, &count));
-    return count == 0;
-  }
-  DType dtype() const {
-    int32_t type;
-    check(aoti_torch_get_dtype(handle_, &type));
-    if (type == aoti_torch_dtype_float32()) return DType::f32;
-    if (type == aoti_torch_dtype_bfloat16()) return DType::bf16;
-    if (type == aoti_torch_dtype_float16()) return DType::f16;
-    if (type == aoti_torch_dtype_int8()) return DType::i8;
-    throw std::runtime_error("tokenselect: unsupported dtype");
-  }
-  Rows rows() const { return {data<void>(), size(0), stride(0), stride(1), dtype()}; }
-
- private:
-  AtenTensorHandle handle_;
-};
+constexpr int32_t kCpu = 0;  // PyTorch's number of that kind of device
+constexpr int64_t kMostDims = 8;
 
 template <class T>
 T value_of(StableIValue value) {
@@ -88,68 +18,186 @@ T value_of(StableIValue value) {
   return out;
 }
 
+View view_of(const Tensor& cos, const Tensor& sin, int64_t run_size, const Tensor& runs, const ScoreArgs& a) {
+  cos.shaped({-1, a.half}), sin.shaped({cos.size(0), a.half}), runs.shaped({a.num_blocks + 1});
+  return {cos.data<float>(), sin.data<float>(), run_size, runs.data<int64_t>()};
+}
+
+// What an int8 copy of keys needs to be read: its scales, and the center that its keys are counted from.
+void add_int8(const Tensor& key_scales, const Tensor& key_center, int64_t num_sequences, ScoreArgs& a) {
+  if (a.keys.dtype != DType::i8) {
+    if (!key_scales.empty()) refuse("key_scales", "absent unless keys are int8", "some");
+    if (!key_center.empty()) refuse("key_center", "absent unless keys are int8", "some");
+    return;
+  }
+  key_scales.shaped({a.keys.count, a.num_kv_heads});
+  a.key_scales = {key_scales.strided<float>(), a.keys.count, key_scales.stride(0), key_scales.stride(1), DType::f32};
+  if (!key_center.empty())
+    a.key_center = key_center.shaped({num_sequences, a.num_kv_heads, a.head_dim}).data<float>();
+}
+
 void score_tokens(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor queries(stack[0]), keys(stack[1]), key_scales(stack[2]), pages(stack[3]), padding(stack[4]);
+  const Tensor queries(stack[0], "queries"), keys(stack[1], "keys"), key_scales(stack[2], "key_scales");
+  const Tensor pages(stack[3], "pages"), padding(stack[4], "padding");
   const int64_t page_size = value_of<int64_t>(stack[5]);
-  const Tensor sequences(stack[6]), candidates(stack[7]), context(stack[8]);
-  const Tensor cos0(stack[9]), sin0(stack[10]), runs0(stack[11]);
+  const Tensor sequences(stack[6], "sequences"), candidates(stack[7], "candidates"), context(stack[8], "context");
+  const Tensor cos0(stack[9], "cos"), sin0(stack[10], "sin"), runs0(stack[11], "run_start_loc");
   const int64_t run_size0 = value_of<int64_t>(stack[12]);
-  const Tensor cos1(stack[13]), sin1(stack[14]), runs1(stack[15]);
+  const Tensor cos1(stack[13], "cos"), sin1(stack[14], "sin"), runs1(stack[15], "run_start_loc");
   const int64_t run_size1 = value_of<int64_t>(stack[16]);
   const bool interleaved = value_of<bool>(stack[17]);
   const double scale = value_of<double>(stack[18]);
-  const Tensor start_loc(stack[19]), votes(stack[20]);
+  const Tensor start_loc(stack[19], "start_loc"), key_center(stack[20], "key_center"), votes(stack[21], "votes");
   ScoreArgs args{};
-  args.queries = queries.data<float>();
+  args.queries = queries.shaped({-1, -1, -1}).data<float>();
   args.num_blocks = queries.size(0), args.num_q_heads = queries.size(1), args.head_dim = queries.size(2);
+  args.keys = keys.shaped({-1, -1, args.head_dim}).rows();
   args.num_kv_heads = keys.size(1);
-  args.keys = keys.rows();
-  args.key_scales = key_scales.empty() ? nullptr : key_scales.data<float>();
-  args.pages = {pages.data<int64_t>(), pages.size(1), page_size, padding.data<int64_t>()};
-  args.sequences = sequences.data<int64_t>();
-  args.candidates = candidates.data<int64_t>();
-  args.context = context.data<int64_t>();
-  args.views[0] = {cos0.data<float>(), sin0.data<float>(), run_size0, runs0.data<int64_t>()};
-  args.views[1] = {cos1.data<float>(), sin1.data<float>(), run_size1, runs1.data<int64_t>()};
+  args.half = cos0.shaped({-1, -1}).size(1);
+  check_heads(args.num_q_heads, args.num_kv_heads, args.head_dim, args.half);
+  add_int8(key_scales, key_center, pages.shaped({-1, -1}).size(0), args);
+  args.pages = {pages.data<int64_t>(), pages.size(1), page_size,
+                padding.shaped({pages.size(0)}).data<int64_t>()};
+  args.sequences = sequences.shaped({args.num_blocks}).data<int64_t>();
+  args.candidates = candidates.shaped({args.num_blocks, 2}).data<int64_t>();
+  args.context = context.shaped({args.num_blocks, 2}).data<int64_t>();
+  args.views[0] = view_of(cos0, sin0, run_size0, runs0, args);
+  args.views[1] = view_of(cos1, sin1, run_size1, runs1, args);
   args.num_views = run_size1 ? 2 : 1;
-  args.half = cos0.size(1);
   args.interleaved = interleaved;
   args.scale = (float)scale;
-  args.start_loc = start_loc.data<int64_t>();
-  args.votes = votes.data<float>();
+  args.start_loc = start_loc.shaped({args.num_blocks + 1}).data<int64_t>();
+  args.votes = votes.shaped({-1}).data<float>();
+  check_values(args, {pages.size(0), votes.size(0), {cos0.size(0), cos1.size(0)}});
   kernels(args.head_dim).score_tokens(args);
 }
 
 void topk_tokens(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor votes(stack[0]), start_loc(stack[1]);
+  const Tensor votes(stack[0], "votes"), start_loc(stack[1], "start_loc");
   const int64_t k = value_of<int64_t>(stack[2]);
-  const Tensor indices(stack[3]);
-  kernels(0).topk_tokens({votes.data<float>(), start_loc.data<int64_t>(), indices.size(0), k, indices.data<int64_t>()});
+  const Tensor indices(stack[3], "indices");
+  TopkArgs args{};
+  args.votes = votes.shaped({-1}).data<float>();
+  args.num_blocks = indices.shaped({-1, k}).size(0), args.k = k;
+  args.start_loc = start_loc.shaped({args.num_blocks + 1}).data<int64_t>();
+  args.indices = indices.data<int64_t>();
+  check_values(args, votes.size(0));
+  kernels(0).topk_tokens(args);
 }
 
 void sparse_attention(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor queries(stack[0]), keys(stack[1]), values(stack[2]), query_start_loc(stack[3]), slots(stack[4]);
-  const Tensor slot_start_loc(stack[5]), cos(stack[6]), sin(stack[7]);
+  const Tensor queries(stack[0], "queries"), keys(stack[1], "keys"), values(stack[2], "values");
+  const Tensor query_start_loc(stack[3], "query_start_loc"), slots(stack[4], "slots");
+  const Tensor slot_start_loc(stack[5], "slot_start_loc"), cos(stack[6], "cos"), sin(stack[7], "sin");
   const double scale = value_of<double>(stack[8]);
   const bool interleaved = value_of<bool>(stack[9]);
   const double softcap = value_of<double>(stack[10]);
-  const Tensor sink_logits(stack[11]), out(stack[12]);
+  const Tensor sink_logits(stack[11], "sink_logits"), out(stack[12], "out");
   AttentionArgs args{};
-  args.queries = queries.data<void>();
-  args.out = out.data<void>();
-  args.dtype = queries.dtype();
-  args.num_blocks = query_start_loc.size(0) - 1;
-  args.num_q_heads = queries.size(1), args.num_kv_heads = keys.size(1), args.head_dim = queries.size(2);
-  args.keys = keys.rows(), args.values = values.rows();
+  queries.shaped({-1, -1, -1}).contiguous();
+  args.num_q_heads = queries.size(1), args.head_dim = queries.size(2);
+  out.shaped({queries.size(0), args.num_q_heads, args.head_dim}).contiguous();
+  args.queries = queries.data<void>(), args.out = out.data<void>();
+  args.dtype = queries.float_dtype();
+  keys.same_dtype(queries), values.same_dtype(queries), out.same_dtype(queries);
+  args.keys = keys.shaped({-1, -1, args.head_dim}).rows();
+  args.num_kv_heads = keys.size(1);
+  args.values = values.shaped({-1, args.num_kv_heads, args.head_dim}).rows();
+  args.num_blocks = query_start_loc.shaped({-1}).size(0) - 1;
   args.query_start_loc = query_start_loc.data<int64_t>();
-  args.slots = slots.data<int64_t>();
-  args.slot_start_loc = slot_start_loc.data<int64_t>();
-  args.cos = cos.data<float>(), args.sin = sin.data<float>();
-  args.half = cos.size(1);
+  args.slots = slots.shaped({-1}).data<int64_t>();
+  args.slot_start_loc = slot_start_loc.shaped({args.num_blocks + 1}).data<int64_t>();
+  args.half = cos.shaped({-1, -1}).size(1);
+  args.cos = cos.data<float>(), args.sin = sin.shaped({cos.size(0), args.half}).data<float>();
+  check_heads(args.num_q_heads, args.num_kv_heads, args.head_dim, args.half);
   args.interleaved = interleaved;
   args.scale = (float)scale, args.softcap = (float)softcap;
-  args.sink_logits = sink_logits.empty() ? nullptr : sink_logits.data<float>();
+  args.sink_logits = sink_logits.empty() ? nullptr : sink_logits.shaped({args.num_q_heads}).data<float>();
+  check_values(args, {queries.size(0), slots.size(0), cos.size(0)});
   kernels(args.head_dim).sparse_attention(args);
+}
+
+// Like `rows`, with `last` numbers in the last dimension.
+AtenTensorHandle new_rows(const Tensor& rows, int64_t last) {
+  const int64_t dims = rows.dims();
+  int64_t sizes[kMostDims], strides[kMostDims], stride = 1;
+  if (dims < 1 || dims > kMostDims) refuse("rows", "of 1 to 8 dimensions", std::to_string(dims));
+  for (int64_t i = dims - 1; i >= 0; i--) {
+    sizes[i] = i == dims - 1 ? last : rows.size(i);
+    strides[i] = stride, stride *= sizes[i];
+  }
+  AtenTensorHandle made;
+  check(aoti_torch_empty_strided(dims, sizes, strides, rows.type(), kCpu, 0, &made));
+  return made;
+}
+
+// Rows that a weight of whole vectors of 16 can be applied to; returns how many.
+int64_t count_rows(const Tensor& rows, const Tensor& weight, int64_t size) {
+  if (size < 16 || size % 16) refuse("weight", "of rows whose size is a multiple of 16", std::to_string(size));
+  rows.float_dtype(), weight.same_dtype(rows);
+  rows.contiguous(), weight.contiguous();
+  if (rows.dims() < 1 || rows.size(rows.dims() - 1) != size) refuse("rows", "as long as the weight's", rows.shape());
+  return rows.count() / size;
+}
+
+void linear(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor rows(stack[0], "rows"), weight(stack[1], "weight"), bias(stack[2], "bias");
+  LinearArgs args{};
+  args.in_features = weight.shaped({-1, -1}).size(1), args.out_features = weight.size(0);
+  args.rows = count_rows(rows, weight, args.in_features);
+  if (!bias.empty()) {
+    bias.shaped({args.out_features}).same_dtype(rows), bias.contiguous();
+    args.bias = bias.data<void>();
+  }
+  Tensor out(new_rows(rows, args.out_features), "out");
+  args.input = rows.data<void>(), args.weight = weight.data<void>(), args.out = out.data<void>();
+  args.dtype = rows.dtype();
+  kernels(args.in_features).linear(args);
+  stack[0] = out.release();
+}
+
+void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor rows(stack[0], "rows"), weight(stack[1], "weight");
+  NormArgs args{};
+  args.size = weight.shaped({-1}).size(0);
+  args.rows = count_rows(rows, weight, args.size);
+  Tensor out(new_rows(rows, args.size), "out");
+  args.input = rows.data<void>(), args.weight = weight.data<void>(), args.out = out.data<void>();
+  args.dtype = rows.dtype();
+  args.epsilon = (float)value_of<double>(stack[2]);
+  kernels(args.size).rms_norm(args);
+  stack[0] = out.release();
+}
+
+void pool_queries(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor queries(stack[0], "queries"), starts(stack[1], "starts"), counts(stack[2], "counts");
+  const Tensor cos(stack[3], "cos"), sin(stack[4], "sin"), out(stack[6], "out");
+  PoolArgs args{};
+  queries.shaped({-1, -1, -1}).contiguous();
+  args.queries = queries.data<void>(), args.dtype = queries.float_dtype();
+  args.num_q_heads = queries.size(1), args.head_dim = queries.size(2);
+  args.num_blocks = starts.shaped({-1}).size(0);
+  args.starts = starts.data<int64_t>(), args.counts = counts.shaped({args.num_blocks}).data<int64_t>();
+  args.half = cos.shaped({-1, -1}).size(1);
+  args.cos = cos.data<float>(), args.sin = sin.shaped({cos.size(0), args.half}).data<float>();
+  check_heads(args.num_q_heads, args.num_q_heads, args.head_dim, args.half);
+  args.interleaved = value_of<bool>(stack[5]);
+  args.out = out.shaped({args.num_blocks, args.num_q_heads, args.head_dim}).data<float>();
+  check_values(args, queries.size(0), cos.size(0));
+  kernels(args.head_dim).pool_queries(args);
+}
+
+void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor keys(stack[0], "rows"), center(stack[1], "center"), out(stack[2], "integers"), scales(stack[3], "scales");
+  QuantizeArgs args{};
+  args.keys = keys.rows();
+  args.heads = keys.size(1), args.size = keys.size(2);
+  keys.float_dtype();
+  check_heads(args.heads, args.heads, args.size, 0);
+  if (!center.empty()) args.center = center.shaped({args.heads, args.size}).data<float>();
+  args.out = out.shaped({args.keys.count, args.heads, args.size}).data<int8_t>();
+  args.scales = scales.shaped({args.keys.count, args.heads}).data<float>();
+  kernels(args.size).quantize_rows(args);
 }
 
 }  // namespace
@@ -177,7 +225,11 @@ __attribute__((visibility("default"))) int tokenselect_register() {
   if (aoti_torch_library_init_impl("tokenselect", "CPU", __FILE__, __LINE__, &library)) return 1;
   return aoti_torch_library_impl(library, "score_tokens", tokenselect::score_tokens) ||
          aoti_torch_library_impl(library, "topk_tokens", tokenselect::topk_tokens) ||
-         aoti_torch_library_impl(library, "sparse_attention", tokenselect::sparse_attention);
+         aoti_torch_library_impl(library, "sparse_attention", tokenselect::sparse_attention) ||
+         aoti_torch_library_impl(library, "linear", tokenselect::linear) ||
+         aoti_torch_library_impl(library, "rms_norm", tokenselect::rms_norm) ||
+         aoti_torch_library_impl(library, "quantize_rows", tokenselect::quantize_rows) ||
+         aoti_torch_library_impl(library, "pool_queries", tokenselect::pool_queries);
 }
 __attribute__((visibility("default"))) int tokenselect_use(const char* name) { return tokenselect::use_kernels(name); }
 __attribute__((visibility("default"))) const char* tokenselect_runnable() { return tokenselect::runnable_kernels(); }

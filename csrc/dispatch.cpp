@@ -13,8 +13,14 @@ namespace tokenselect {
   void score_tokens(const ScoreArgs&);             \
   void topk_tokens(const TopkArgs&);               \
   void sparse_attention(const AttentionArgs&);     \
+  void linear(const LinearArgs&);                  \
+  void rms_norm(const NormArgs&);                  \
+  void quantize_rows(const QuantizeArgs&);         \
+  void pool_queries(const PoolArgs&);              \
   }                                                \
-  static const Kernels isa##_kernels{#isa, isa::score_tokens, isa::topk_tokens, isa::sparse_attention};
+  static const Kernels isa##_kernels{#isa, isa::score_tokens, isa::topk_tokens, isa::sparse_attention, \
+                                      isa::linear, isa::rms_norm, isa::quantize_rows, \
+                                      isa::pool_queries};
 
 TS_DECLARE(portable)
 #if defined(__x86_64__)
@@ -59,11 +65,11 @@ static const Kernels* find(const char* name) {
 
 static std::atomic<const Kernels*> in_use{nullptr};
 
-const Kernels& kernels(int64_t head_dim) {
+const Kernels& kernels(int64_t row_size) {
   const Kernels* found = in_use.load(std::memory_order_relaxed);
   if (!found) in_use = found = find("auto");
 #if defined(__x86_64__)
-  if (head_dim % 32 && (found == &avx512_kernels || found == &avx512_bf16_kernels)) return avx2_kernels;
+  if (row_size % 32 && (found == &avx512_kernels || found == &avx512_bf16_kernels)) return avx2_kernels;
 #endif
   return *found;
 }
@@ -99,6 +105,12 @@ struct Buffer {
 void* scratch(int slot, size_t bytes) {
   static thread_local Buffer buffers[kScratchSlots];
   Buffer& own = buffers[slot];
+#if defined(__SANITIZE_ADDRESS__)
+  // What was asked for to the byte, and anew each time: a step too far and the use of an older buffer show.
+  std::free(own.data);
+  own.data = nullptr;
+  if (posix_memalign(&own.data, 64, bytes ? bytes : 1)) throw std::bad_alloc();
+#else
   if (own.size < bytes) {
     std::free(own.data);
     own.size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
@@ -108,6 +120,7 @@ void* scratch(int slot, size_t bytes) {
       throw std::bad_alloc();
     }
   }
+#endif
   return own.data;
 }
 

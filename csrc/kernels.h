@@ -53,7 +53,8 @@ struct ScoreArgs {
   const float* queries;  // [num_blocks, num_q_heads, head_dim]
   int64_t num_blocks, num_q_heads, num_kv_heads, head_dim;
   Rows keys;
-  const float* key_scales;  // [rows, num_kv_heads] of an int8 copy, or null
+  Rows key_scales;  // [rows, num_kv_heads] floats of an int8 copy, or without data
+  const float* key_center;  // [num_seqs, num_kv_heads, head_dim], what its keys are counted from, or null
   Pages pages;
   const int64_t* sequences;   // [num_blocks]
   const int64_t* candidates;  // [num_blocks, 2]
@@ -93,12 +94,55 @@ struct AttentionArgs {
   const float* sink_logits;  // [num_q_heads], or null
 };
 
+struct PoolArgs {
+  const void* queries;  // [num_queries, num_q_heads, head_dim], contiguous
+  DType dtype;
+  int64_t num_blocks, num_q_heads, head_dim;
+  const int64_t* starts;  // [num_blocks], first query of each block
+  const int64_t* counts;  // [num_blocks]
+  const float* cos;       // [at least the largest count, half]
+  const float* sin;
+  int64_t half;
+  bool interleaved;
+  float* out;  // [num_blocks, num_q_heads, head_dim]
+};
+
+struct LinearArgs {
+  const void* input;   // [rows, in_features], contiguous
+  const void* weight;  // [out_features, in_features], contiguous
+  const void* bias;    // [out_features], or null
+  void* out;           // [rows, out_features]
+  DType dtype;         // of all of them
+  int64_t rows, in_features, out_features;
+};
+
+struct NormArgs {
+  const void* input;   // [rows, size], contiguous
+  const void* weight;  // [size]
+  void* out;           // like input
+  DType dtype;         // of all of them
+  int64_t rows, size;
+  float epsilon;
+};
+
+struct QuantizeArgs {
+  Rows keys;            // [rows, num_heads, size]
+  int64_t heads, size;
+  const float* center;  // [num_heads, size], or null
+  int8_t* out;          // [rows, num_heads, size], contiguous
+  float* scales;        // [rows, num_heads]
+};
+
 // One set per instruction set.
 struct Kernels {
   const char* name;
   void (*score_tokens)(const ScoreArgs&);
   void (*topk_tokens)(const TopkArgs&);
   void (*sparse_attention)(const AttentionArgs&);
+  void (*linear)(const LinearArgs&);
+  void (*rms_norm)(const NormArgs&);
+  void (*quantize_rows)(const QuantizeArgs&);
+  void (*pool_queries)(const PoolArgs&);
 };
 
 // The thread pool is PyTorch's. `body` gets ranges of 0 .. n - 1, each at least `grain` long but the last.

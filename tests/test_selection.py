@@ -46,6 +46,8 @@ class Counting:
 
     NAME = "counting"
     why_not = staticmethod(reference.why_not)
+    pool_queries = staticmethod(reference.pool_queries)
+    quantize_rows = staticmethod(reference.quantize_rows)
     topk_tokens = staticmethod(reference.topk_tokens)
     sparse_attention = staticmethod(reference.sparse_attention)
 

@@ -18,7 +18,7 @@ CHAT = (
 LONG = " ".join(f"w{i * i % 64}" for i in range(120))
 
 
-def save_tiny(folder: Path, chat: str | None = CHAT) -> Path:
+def save_tiny(folder: Path, chat: str | None = CHAT, num_attention_heads: int = 4) -> Path:
     """A random Llama with a vocabulary of 64 words that never ends by itself."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -26,7 +26,7 @@ def save_tiny(folder: Path, chat: str | None = CHAT) -> Path:
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=num_attention_heads,
         num_key_value_heads=2,
         max_position_embeddings=256,
         initializer_range=0.3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ class Owner:
     """Who filled a cache: raw keys mean nothing to a model that rotates them itself."""
 
     active: bool = True
+    quantize: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # scoring reads an int8 copy
+    center_tokens: int = 0  # first tokens whose mean the copy is counted from; a sequence that selects has more
     plan: Any = None  # of the forward pass that runs; see integrations.transformers
     reserve: int = 0  # tokens that are known to come
 
@@ -31,7 +34,46 @@ class _Buffers:
     keys: Tensor
     values: Tensor
     length: int = 0
+    copy: _Int8Copy | None = None
+    pages: PageTable | None = None  # of these buffers
     states: list[SelectionState] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Int8Copy:
+    """An int8 copy of raw keys, and what it is counted from; see `ops.reference.quantize_rows`."""
+
+    integers: Tensor  # [B, Hkv, capacity, D]
+    scales: Tensor  # [B, Hkv, capacity]
+    center: Tensor  # [B, Hkv, D]
+    lengths: list[int]  # tokens copied of each sequence, padding included
+
+    @classmethod
+    def like(cls, keys: Tensor) -> _Int8Copy:
+        """Room for a copy of `keys` [B, Hkv, capacity, D]."""
+        batch, heads, _, dim = keys.shape
+        scales = keys.new_empty(keys.shape[:3], dtype=torch.float32)
+        center = keys.new_empty((batch, heads, dim), dtype=torch.float32)
+        return cls(keys.new_empty(keys.shape, dtype=torch.int8), scales, center, [0] * batch)
+
+    def update(self, keys: Tensor, length: int, padding: list[int], owner: Owner) -> None:
+        """Copy the tokens that are new, of sequences that are long enough to select.
+
+        The center of a sequence is the mean of its first tokens, always of the same ones: so neither chunks nor
+        other sequences change what is selected.
+        """
+        for i, (pad, own) in enumerate(zip(padding, keys, strict=True)):
+            first = pad + owner.center_tokens
+            if length < first or self.lengths[i] == length:
+                continue
+            if self.lengths[i] < first:
+                self.center[i] = own[:, pad:first].float().mean(1)
+                self.lengths[i] = pad
+            new = slice(self.lengths[i], length)
+            assert owner.quantize is not None
+            integers, scales = owner.quantize(own[:, new].transpose(0, 1), self.center[i])
+            self.integers[i, :, new], self.scales[i, :, new] = integers.transpose(0, 1), scales.T
+            self.lengths[i] = length
 
 
 class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -46,6 +88,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
+        self.handed: tuple[Tensor, Tensor] | None = None  # what the host got: it must come back unchanged
         self._own: _Buffers | None = None
         self.is_initialized = False
 
@@ -103,7 +146,13 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         own.keys[:, :, own.length : end] = key_states
         own.values[:, :, own.length : end] = value_states
         own.length = end
-        return own.keys[:, :, :end], own.values[:, :, :end]
+        self.handed = own.keys[:, :, :end], own.values[:, :, :end]
+        return self.handed
+
+    def attend(self, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+        """Attention [B, Tq, Hq, D] of `query` [B, Hq, Tq, D], as the running forward pass plans it."""
+        result: Tensor = self.owner.plan.attend(self, query, scale, softcap, sinks)
+        return result
 
     def _grow(self, own: _Buffers, needed: int) -> None:
         if needed <= own.keys.shape[2]:
@@ -111,18 +160,34 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         capacity = max(int(own.keys.shape[2] * _GROWTH), needed, self.owner.reserve)
         own.keys = _enlarged(own.keys, own.length, capacity)
         own.values = _enlarged(own.values, own.length, capacity)
+        own.pages = None
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Keys and values as rows [num_rows, Hkv, D] of one paged cache: sequence `b` is page `b * Hkv`."""
         assert self._own is not None
         return _as_rows(self._own.keys), _as_rows(self._own.values)
 
+    def scoring_rows(self, padding: list[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Keys as scoring reads them: as they are, or their int8 copy, brought up to date, its scales and center."""
+        own = self._own
+        assert own is not None
+        if self.owner.quantize is None:
+            return _as_rows(own.keys), None, None
+        if own.copy is None or own.copy.integers.shape != own.keys.shape:
+            own.copy = _Int8Copy.like(own.keys)
+        own.copy.update(own.keys, own.length, padding, self.owner)
+        batch, heads, capacity = own.copy.scales.shape
+        scales = own.copy.scales.as_strided(((batch * heads - heads + 1) * capacity, heads), (1, capacity))
+        return _as_rows(own.copy.integers), scales, own.copy.center
+
     def page_table(self, padding: list[int]) -> PageTable:
         """Where the tokens of each sequence lie in `rows()`."""
-        assert self._own is not None
-        batch, heads, capacity, _ = self._own.keys.shape
-        pages = torch.arange(batch, device=self.device)[:, None] * heads
-        return PageTable(pages, capacity, padding)
+        own = self._own
+        assert own is not None
+        if own.pages is None or own.pages.padding != padding:
+            batch, heads, capacity, _ = own.keys.shape
+            own.pages = PageTable(torch.arange(batch, device=self.device)[:, None] * heads, capacity, padding)
+        return own.pages
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the cache for a mask."""
@@ -138,7 +203,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything."""
-        self._own = None
+        self._own = self.handed = None
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -148,6 +213,8 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._own is None or tokens_to_remove == 0:
             return
         self._own.length = max(0, self._own.length + tokens_to_remove)
+        if self._own.copy is not None:
+            self._own.copy.lengths = [min(length, self._own.length) for length in self._own.copy.lengths]
         for state in self._own.states:
             state.forget()
 
@@ -172,6 +239,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         rows = rows.to(self.device)
         own.keys = _taken(own.keys, rows, own.length)
         own.values = _taken(own.values, rows, own.length)
+        own.pages = own.copy = None
         own.states = [copy.copy(own.states[row]) for row in rows.tolist()]
 
 

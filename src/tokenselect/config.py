@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 Scoring = Literal["mix", "position_free", "distance"]
 ReuseTest = Literal["group_min", "flat"]
+ScoreDtype = Literal["same", "int8"]
 
 _LARGEST = 2**31 - 1
 
@@ -38,6 +39,9 @@ class TokenSelectConfig:
     block_size: int = _setting(512, "consecutive prompt tokens that share one selection", low=1)
     num_tail_tokens: int = _setting(64, "last prompt tokens, which select one by one")
     scoring: Scoring = _setting("mix", "how keys are scored: at one distance, at bucketed distances, or both")
+    score_dtype: ScoreDtype = _setting(
+        "int8", "what scoring reads: the keys as they are cached, or a copy in int8, half the bytes of 16-bit keys"
+    )
     distance_bucket_size: int = _setting(64, "tokens scored at one mean distance", low=1)
     max_distance: int | None = _setting(
         None, "largest distance that scoring uses; default: 7/8 of the model's trained window", low=1
@@ -90,6 +94,11 @@ class TokenSelectConfig:
     def dense_limit(self) -> int:
         """Largest block start at which every earlier token fits the budget, so that nothing is selected."""
         return self.num_sink_tokens + self.num_selected_tokens + self.num_local_tokens
+
+    @property
+    def center_tokens(self) -> int:
+        """First tokens of a sequence whose mean key an int8 copy is counted from: every one that selects has them."""
+        return max(1, min(1024, self.dense_limit))
 
     def covers(self, num_tokens: int, block_start: int) -> bool:
         """Whether a block attends every earlier token, in a context of `num_tokens`."""

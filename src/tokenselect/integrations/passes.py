@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -12,16 +12,9 @@ from torch import Tensor
 from tokenselect.cache import RawKeyLayer
 from tokenselect.config import TokenSelectConfig
 from tokenselect.ops import Backend
+from tokenselect.ops.paging import PageTable
 from tokenselect.rotary import RotaryTable
 from tokenselect.selection import Block, SelectionPlan, block_starts, plan_selection, select_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Extras:
-    """What some models add to attention: a soft cap of the logits (Gemma 2), a sink logit per head (gpt-oss)."""
-
-    softcap: float | None = None
-    sink_logits: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,47 +39,56 @@ class Pass:
     interleaved: bool
     config: TokenSelectConfig
     ops: Backend
+    _whole: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by page size: layers share it
 
-    def attend(self, layer: RawKeyLayer, query: Tensor, scale: float, extras: Extras) -> Tensor:
-        """Attention of `query` [B, Hq, Tq, D] over the layer's cache; returns [B, Tq, Hq, D]."""
+    def attend(
+        self, layer: RawKeyLayer, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """Attention of `query` [B, Hq, Tq, D] over the layer's cache; returns [B, Tq, Hq, D].
+
+        Some models add a soft cap of the logits (Gemma 2) or `sinks`, a learned logit per head (gpt-oss).
+        """
         batch, heads, own, dim = query.shape
         flat = query.transpose(1, 2).reshape(batch * own, heads, dim)
         real = flat if self.rows is None else flat[self.rows]
         keys, values = layer.rows()
-        slots = self._slots(layer, real, keys, scale)
-        lengths = [part.shape[0] for part in slots]
+        slots, slot_start_loc = self._slots(layer, real, scale)
         out = self.ops.sparse_attention(
             real,
             keys,
             values,
             self.query_start_loc,
-            torch.cat(slots),
-            torch.tensor([0, *accumulate(lengths)]),
+            slots,
+            slot_start_loc,
             self.cos,
             self.sin,
             scale,
             interleaved=self.interleaved,
-            softcap=extras.softcap,
-            sink_logits=extras.sink_logits,
+            softcap=softcap,
+            sink_logits=sinks,
         )
         if self.rows is not None:
             out = torch.zeros_like(flat).index_copy_(0, self.rows, out)
         return out.view(batch, own, heads, dim)
 
-    def _slots(self, layer: RawKeyLayer, queries: Tensor, keys: Tensor, scale: float) -> list[Tensor]:
-        """Rows of the cache that each block attends."""
+    def _slots(self, layer: RawKeyLayer, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Rows of the cache that the blocks attend, one block after the other, and where each block's begin."""
         pages = layer.page_table(self.padding)
-        positions: dict[int, Tensor] = {}
-        if self.plan is not None:
-            chosen = select_tokens(queries, keys, pages, self.plan, layer.states, self.config, self.ops, scale)
-            positions = dict(zip(self.selecting, chosen, strict=True))
-        return [
-            pages.slots(
-                block.sequence,
-                positions[i] if i in positions else torch.arange(block.end, device=keys.device),
-            )
+        if self.plan is None:
+            if pages.page_size not in self._whole:
+                self._whole[pages.page_size] = self._rows_of(pages, {}, queries.device)
+            return self._whole[pages.page_size]
+        keys, *copy = layer.scoring_rows(self.padding)
+        chosen = select_tokens(queries, keys, pages, self.plan, layer.states, self.config, self.ops, scale, *copy)
+        return self._rows_of(pages, dict(zip(self.selecting, chosen, strict=True)), queries.device)
+
+    def _rows_of(self, pages: PageTable, selected: dict[int, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        rows = [
+            pages.slots(block.sequence, selected[i] if i in selected else torch.arange(block.end, device=device))
             for i, block in enumerate(self.blocks)
         ]
+        start_loc = torch.tensor([0, *accumulate(part.shape[0] for part in rows)])
+        return rows[0] if len(rows) == 1 else torch.cat(rows), start_loc
 
 
 def plan_pass(

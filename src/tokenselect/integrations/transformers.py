@@ -27,10 +27,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from tokenselect.cache import Owner, RawKeyLayer
 from tokenselect.config import TokenSelectConfig
 from tokenselect.integrations.host import Host, inspect_model, learn_rotary
-from tokenselect.integrations.passes import Extras, plan_pass
+from tokenselect.integrations.passes import plan_pass
+from tokenselect.integrations.steps import Steps, quicken_linears
+from tokenselect.integrations.undo import override, put_back
 from tokenselect.ops import find_backend
 
 _PREFIX = "tokenselect_over_"
+_WORTH_TRACING = 3  # chunks of one length in a prompt; decode steps always are
 # By decoder. The model holds its TokenSelect (in what is put before its methods), so this need not.
 _ENABLED: WeakKeyDictionary[nn.Module, ref[TokenSelect]] = WeakKeyDictionary()
 # Where the prompt that `generate` is reading ends, padding included: its last tokens select one by one.
@@ -74,6 +77,7 @@ class TokenSelect:
         self.max_distance = self.config.max_distance or max(1, self.host.trained_window * 7 // 8)
         self._owners: WeakSet[Owner] = WeakSet()
         self._stack = ExitStack()
+        self._is_traced = False  # the forward pass that runs
 
     def __enter__(self) -> TokenSelect:
         if self.host.decoder in _ENABLED:
@@ -82,13 +86,16 @@ class TokenSelect:
         with ExitStack() as stack:  # undone here too if a step fails
             self._identity = self.rotary.identity(self.host.dtype)
             stack.enter_context(_attention_name(self.host.config))
-            _put_back(stack, self.host.decoder.rotary_emb)
+            put_back(stack, self.host.decoder.rotary_emb)
+            self._steps = Steps(self._identity, self.ops)
             for index, module in self.host.attention.items():
-                hook = functools.partial(self._before_attention, index)
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            _override(stack, self.host.decoder, "forward", self._forward)
+                override(stack, module, "forward", functools.partial(self._attention, index))
+                layer = self.host.decoder.layers[index]
+                override(stack, layer, "forward", functools.partial(self._layer, index, layer))
+            quicken_linears(stack, self.model, self.ops)
+            override(stack, self.host.decoder, "forward", self._forward)
             if hasattr(self.model, "generate"):
-                _override(stack, self.model, "generate", self._generate)
+                override(stack, self.model, "generate", self._generate)
             _ENABLED[self.host.decoder] = ref(self)
             stack.callback(_ENABLED.pop, self.host.decoder, None)
             self._stack = stack.pop_all()
@@ -138,9 +145,15 @@ class TokenSelect:
         keeps_cache = kwargs.get("use_cache") is not False
         kwargs.update(past_key_values=cache, use_cache=True)
         owner.reserve = past + length + self.config.block_size
+        if length > 1:
+            self._steps.forget()  # layers may have been changed since the last prompt
         outputs = []
+        chunks = self._chunks(past, past + length)
+        shapes = Counter(end - start for start, end in chunks)
         try:
-            for start, end in self._chunks(past, past + length):
+            for start, end in chunks:
+                is_frequent = length == 1 or shapes[end - start] >= _WORTH_TRACING
+                self._is_traced = is_frequent and not torch.is_autocast_enabled(inputs.device.type)
                 owner.plan = self._plan(padding, start, end, past + length)
                 outputs.append(original(**_slice_inputs(kwargs, past, start, end)))
                 if self.on_prefill and length > 1:
@@ -169,14 +182,21 @@ class TokenSelect:
             cuts.append(min(end, max(following, dense_end)))
         return list(pairwise(cuts))
 
-    def _before_attention(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Hand the layer its cache, and positions that leave queries and keys raw."""
+    def _layer(self, index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A decoder layer's forward; passes of a shape that comes often take its traced program."""
+        if self._is_traced and len(args) == 1 and kwargs.get("attention_mask") is None:
+            cache: Any = kwargs.get("past_key_values", kwargs.get("layer_past"))
+            if program := self._steps.find(index, layer, original, args[0], kwargs):
+                return program(args[0], cache.layers[index])
+        return original(*args, **kwargs)
+
+    def _attention(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """An attention module's forward, with its cache and positions that leave queries and keys raw."""
         if not self.host.config._attn_implementation.startswith(_PREFIX):
             raise RuntimeError("the attention implementation was changed inside TokenSelect: leave it first")
         cache: Any = kwargs.get("past_key_values", kwargs.get("layer_past"))
-        kwargs["position_embeddings"] = self._identity
-        kwargs["tokenselect"] = cache.layers[index]
-        return args, kwargs
+        kwargs.update(position_embeddings=self._identity, tokenselect=cache.layers[index])
+        return original(*args, **kwargs)
 
     def _prepare_cache(self, cache: Any) -> tuple[Any, Owner]:
         """The caller's cache with our layers in it, which an empty `DynamicCache` gets on first use."""
@@ -193,6 +213,8 @@ class TokenSelect:
         if cache.get_seq_length():
             raise ValueError("this cache was filled without TokenSelect: its keys are rotated; start a new one")
         owner = Owner()
+        if self.config.score_dtype == "int8":
+            owner.quantize, owner.center_tokens = self.ops.quantize_rows, self.config.center_tokens
         self._owners.add(owner)
         fresh: Any = DynamicCache(config=self.host.config).layers
         cache.layers = fresh or [None] * self.host.config.num_hidden_layers
@@ -236,16 +258,11 @@ def _attend(
         return result
     if kwargs.get("output_attentions"):
         raise NotImplementedError("output_attentions is not supported: no attention matrix exists")
-    if not (_same(key, tokenselect.keys) and _same(value, tokenselect.values)):
+    if tokenselect.handed is None or key is not tokenselect.handed[0] or value is not tokenselect.handed[1]:
         kind = getattr(module.config, "model_type", type(module).__name__)
         raise NotImplementedError(f"{kind} changes keys or values after they are cached, which is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    extras = Extras(kwargs.get("softcap"), kwargs.get("s_aux"))
-    return tokenselect.owner.plan.attend(tokenselect, query, scale, extras), None
-
-
-def _same(given: Tensor, cached: Tensor | None) -> bool:
-    return cached is not None and given.data_ptr() == cached.data_ptr() and given.shape == cached.shape
+    return tokenselect.attend(query, scale, kwargs.get("softcap"), kwargs.get("s_aux")), None
 
 
 def _own_attention(module: nn.Module) -> Callable[..., Any]:
@@ -288,35 +305,6 @@ class _attention_name:  # noqa: N801  (a context manager)
         if not any(name == self.name for name, _ in self.users):
             AttentionInterface._global_mapping.pop(self.name, None)
             AttentionMaskInterface._global_mapping.pop(self.name, None)
-
-
-def _override(stack: ExitStack, module: nn.Module, name: str, ours: Callable[..., Any]) -> None:
-    """Put `ours(original, ...)` before a method of one object."""
-    original = getattr(module, name)
-    had_own = module.__dict__.get(name)
-
-    @functools.wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return ours(original, *args, **kwargs)
-
-    def undo() -> None:
-        del module.__dict__[name]
-        if had_own is not None:
-            module.__dict__[name] = had_own
-
-    module.__dict__[name] = call
-    stack.callback(undo)
-
-
-def _put_back(stack: ExitStack, rotary: nn.Module) -> None:
-    """Undo what a dynamic embedding remembers of the longest input it has seen."""
-    attributes, buffers = dict(rotary.__dict__), dict(rotary._buffers)
-
-    def undo() -> None:
-        rotary._buffers.update(buffers)
-        rotary.__dict__.update(attributes)
-
-    stack.callback(undo)
 
 
 def _refuse_generation(model: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The operations and the choice, made once, of who computes them.
 
-A backend is a module with `NAME`, `why_not`, `score_tokens`, `topk_tokens` and `sparse_attention`; `ops.reference`
-is the definition of the last three.
+A backend is a module with `NAME`, `why_not`, `pool_queries`, `score_tokens`, `topk_tokens`, `sparse_attention` and
+`quantize_rows`; `ops.reference` is the definition of the last five.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ class Backend(Protocol):
 
     NAME: str
     why_not: Callable[[torch.device, torch.dtype, int], str | None]
+    pool_queries: Callable[..., Tensor]
     score_tokens: Callable[..., tuple[Tensor, Tensor]]
     topk_tokens: Callable[..., Tensor]
     sparse_attention: Callable[..., Tensor]
+    quantize_rows: Callable[..., tuple[Tensor, Tensor]]
 
 
 # Fastest first: `auto` takes the first that can run.

@@ -1,12 +1,16 @@
 """The operations in native code for the CPU (csrc/): AVX2, AVX-512 or portable, whatever the processor can run.
 
 Results are those of `ops.reference` up to rounding; scoring reads the keys once and keeps nothing that is as large.
+Arguments are checked natively (csrc/tensor.h, checks.cpp) in less than a microsecond a call, also where compiled code
+calls the operations without this file: a wrong one raises ValueError by name, and nothing is read out of bounds.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,17 +22,23 @@ from tokenselect.ops.reference import Distances
 
 NAME = "cpu"
 
-_FOLDER = Path(__file__).parent
+# Another build of the same kernels, such as the one with sanitizers, is named by the environment.
+_LIBRARY = Path(os.environ.get("TOKENSELECT_KERNELS") or Path(__file__).with_name("_kernels.so"))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SCHEMAS = (
     "score_tokens(Tensor queries, Tensor keys, Tensor key_scales, Tensor pages, Tensor padding, int page_size, "
     "Tensor sequences, Tensor candidates, Tensor context, Tensor cos0, Tensor sin0, Tensor runs0, int run_size0, "
     "Tensor cos1, Tensor sin1, Tensor runs1, int run_size1, bool interleaved, float scale, Tensor start_loc, "
-    "Tensor(a!) votes) -> ()",
+    "Tensor key_center, Tensor(a!) votes) -> ()",
+    "pool_queries(Tensor queries, Tensor starts, Tensor counts, Tensor cos, Tensor sin, bool interleaved, "
+    "Tensor(a!) pooled) -> ()",
     "topk_tokens(Tensor votes, Tensor start_loc, int k, Tensor(a!) indices) -> ()",
     "sparse_attention(Tensor queries, Tensor keys, Tensor values, Tensor query_start_loc, Tensor slots, "
     "Tensor slot_start_loc, Tensor cos, Tensor sin, float scale, bool interleaved, float softcap, "
     "Tensor sink_logits, Tensor(a!) out) -> ()",
+    "linear(Tensor rows, Tensor weight, Tensor bias) -> Tensor",
+    "rms_norm(Tensor rows, Tensor weight, float epsilon) -> Tensor",
+    "quantize_rows(Tensor rows, Tensor center, Tensor(a!) integers, Tensor(b!) scales) -> ()",
 )
 
 
@@ -43,10 +53,18 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return why_missing()
 
 
-@functools.cache
 def why_missing() -> str | None:
     """Why the native library is not there; None: it is, and loaded."""
-    note = _FOLDER / "_kernels_missing.txt"
+    with _loading:  # several threads may be the first to ask
+        return _why_missing()
+
+
+_loading = threading.Lock()
+
+
+@functools.cache
+def _why_missing() -> str | None:
+    note = _LIBRARY.with_name("_kernels_missing.txt")
     if note.exists():
         return note.read_text(encoding="utf-8")
     try:
@@ -64,12 +82,13 @@ def _load() -> ctypes.CDLL:
     core = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
     if core is not None:
         ctypes.CDLL(str(core), mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(str(_FOLDER / "_kernels.so"))
+    library = ctypes.CDLL(str(_LIBRARY))
     for function in (library.tokenselect_runnable, library.tokenselect_in_use):
         function.restype = ctypes.c_char_p
     for schema in _SCHEMAS:
         _definitions.define(schema)  # type: ignore[no-untyped-call]
-        torch.library.register_fake(f"tokenselect::{schema.split('(')[0]}", _fake, lib=_definitions)
+        fake = _fake if schema.endswith("()") else _fake_rows
+        torch.library.register_fake(f"tokenselect::{schema.split('(')[0]}", fake, lib=_definitions)
     return library
 
 
@@ -77,7 +96,12 @@ _definitions = torch.library.Library("tokenselect", "DEF")  # type: ignore[no-un
 
 
 def _fake(*args: object) -> None:
-    """Every operation writes into an argument and returns nothing."""
+    """An operation that writes into an argument and returns nothing."""
+
+
+def _fake_rows(rows: Tensor, weight: Tensor, *args: object) -> Tensor:
+    """An operation that makes rows as long as the weight's first dimension."""
+    return rows.new_empty((*rows.shape[:-1], weight.shape[0]))
 
 
 def instruction_sets() -> list[str]:
@@ -102,6 +126,16 @@ def use_instruction_set(name: str) -> None:
         raise ValueError(f"instruction set must be one of auto, {', '.join(instruction_sets())}, got {name!r}")
 
 
+def pool_queries(
+    queries: Tensor, starts: Tensor, counts: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> Tensor:
+    """See `ops.reference.pool_queries`."""
+    pooled = torch.empty((starts.shape[0], *queries.shape[1:]))
+    given = queries.contiguous(), starts, counts, cos.contiguous(), sin.contiguous()
+    torch.ops.tokenselect.pool_queries(*given, interleaved, pooled)
+    return pooled
+
+
 def score_tokens(
     queries: Tensor,
     keys: Tensor,
@@ -112,16 +146,19 @@ def score_tokens(
     scale: float,
     context: Tensor | None = None,
     key_scales: Tensor | None = None,
+    key_center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.reference.score_tokens`."""
+    if not 1 <= len(distances) <= 2:
+        raise ValueError(f"distances must be one or two views, got {len(distances)}")
     first, second = distances[0], distances[-1]
     lengths = candidates[:, 1] - candidates[:, 0]
     start_loc = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    votes = torch.empty(int(start_loc[-1]))
+    votes = torch.empty(max(0, int(start_loc[-1])))  # a negative size is refused below, by name
     torch.ops.tokenselect.score_tokens(
         queries.contiguous(),
         _rows(keys),
-        _NO_FLOATS if key_scales is None else key_scales.contiguous(),
+        _NO_FLOATS if key_scales is None else key_scales,
         pages.pages.contiguous(),
         torch.tensor(pages.padding),
         pages.page_size,
@@ -139,6 +176,7 @@ def score_tokens(
         first.interleaved,
         scale,
         start_loc,
+        _NO_FLOATS if key_center is None else key_center.contiguous(),
         votes,
     )
     return votes, start_loc
@@ -146,6 +184,8 @@ def score_tokens(
 
 def topk_tokens(votes: Tensor, start_loc: Tensor, k: int) -> Tensor:
     """See `ops.reference.topk_tokens`."""
+    if k < 1:
+        raise ValueError(f"k must be >= 1, got {k}")
     indices = torch.empty((start_loc.shape[0] - 1, k), dtype=torch.int64)
     torch.ops.tokenselect.topk_tokens(votes.contiguous(), start_loc, k, indices)
     return indices
@@ -187,9 +227,55 @@ def sparse_attention(
     return out
 
 
+def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `ops.reference.quantize_rows`."""
+    integers, scales = rows.new_empty(rows.shape, dtype=torch.int8), rows.new_empty(rows.shape[:2], dtype=torch.float32)
+    given = _NO_FLOATS if center is None else center.contiguous()
+    torch.ops.tokenselect.quantize_rows(_rows(rows), given, integers, scales)
+    return integers, scales
+
+
+def takes_linear(weight: Tensor) -> bool:
+    """Whether `linear` can multiply with this weight [out_features, in_features], or `rms_norm` with [size]."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in _DTYPES
+        and weight.shape[-1] % 16 == 0
+        and weight.is_contiguous()
+        and why_missing() is None
+    )
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` for a few rows, as in a decode step: the weight is read once, by all threads.
+
+    Args:
+        rows: [..., in_features], in the dtype of `weight`; 16 rows at the most are worth it.
+        weight: [out_features, in_features] that `takes_linear`.
+        bias: [out_features].
+
+    Returns:
+        [..., out_features], sums in float32, rounded once.
+    """
+    out: Tensor = torch.ops.tokenselect.linear(rows.contiguous(), weight, _NO_FLOATS if bias is None else bias)
+    return out
+
+
+def rms_norm(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Rows divided by their root mean square, times a weight; rounded before the weight and after it, as Llama does.
+
+    Args:
+        rows: [..., size] in the dtype of `weight`.
+        weight: [size] that `takes_linear`.
+        epsilon: added to the mean square.
+    """
+    out: Tensor = torch.ops.tokenselect.rms_norm(rows.contiguous(), weight, epsilon)
+    return out
+
+
 _NO_FLOATS = torch.empty(0)
 
 
 def _rows(cache: Tensor) -> Tensor:
     """The kernels take any strides between rows and heads, but whole vectors."""
-    return cache if cache.stride(2) == 1 else cache.contiguous()
+    return cache if cache.stride(-1) == 1 else cache.contiguous()

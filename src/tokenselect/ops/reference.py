@@ -49,6 +49,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     return torch.cat((out, rest.expand(*out.shape[:-1], -1)), dim=-1) if rest.shape[-1] else out
 
 
+def pool_queries(
+    queries: Tensor, starts: Tensor, counts: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> Tensor:
+    """One query per block: the mean of its queries, each rotated by its place in the block (method.md, section 2.2).
+
+    Args:
+        queries: [num_queries, num_q_heads, head_dim], raw.
+        starts: [num_blocks] int64, first query of each block.
+        counts: [num_blocks] int64, queries of each block, at least 1.
+        cos: [at least the largest count, rotary_dim / 2] float32, rotations by 0, 1, 2, ...
+        sin: like `cos`.
+        interleaved: layout of the dimension pairs.
+
+    Returns:
+        [num_blocks, num_q_heads, head_dim] float32.
+    """
+    pooled = queries[starts].float()  # a rotation by 0
+    for i, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
+        if count > 1:
+            own = queries[start : start + count]
+            pooled[i] = rotate(own, cos[:count, None], sin[:count, None], interleaved).mean(0)
+    return pooled
+
+
 @dataclass(frozen=True, slots=True)
 class Distances:
     """Rotations that stand for the distance from a block's start to its keys, one per run of keys.
@@ -78,6 +102,7 @@ def score_tokens(
     scale: float,
     context: Tensor | None = None,
     key_scales: Tensor | None = None,
+    key_center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All heads of a block vote for the cached tokens that matter (the soft vote).
 
@@ -96,6 +121,7 @@ def score_tokens(
         context: [num_blocks, 2] int64, the positions that a head's softmax covers; it contains the candidates and
             is equal to them where not given.
         key_scales: [num_rows, num_kv_heads] float32, where `keys` are an int8 copy: a key is its integers times this.
+        key_center: [num_seqs, num_kv_heads, head_dim] float32, to be added to the keys of an int8 copy.
 
     Returns:
         votes: [sum of candidates] float32 >= 0; those of a block sum to at most the number of views.
@@ -110,6 +136,8 @@ def score_tokens(
         rows = pages.rows(keys, sequence, first, last).transpose(0, 1).float()  # [Hkv, T, D]
         if key_scales is not None:
             rows = rows * pages.rows(key_scales, sequence, first, last).T[:, :, None]
+        if key_center is not None:
+            rows = rows + key_center[sequence][:, None]
         outside = torch.arange(first, last, device=keys.device) >= ends[:, None]  # [N, T]
         bounds = candidates[group] - first
         total = torch.zeros(outside.shape, device=keys.device)
@@ -162,6 +190,25 @@ def _turned(queries: Tensor, view: Distances, group: slice) -> Tensor:
     counts = begin.diff()
     run = torch.arange(int(counts.max()), device=queries.device).minimum(counts[:, None] - 1) + begin[:-1, None]
     return rotate(queries[:, :, None], view.cos[run][:, None], view.sin[run][:, None], view.interleaved)
+
+
+def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The int8 copy of keys that `score_tokens` may read: half the bytes of 16-bit keys.
+
+    Channels that are large in every token would leave few bits for what differs between tokens, so keys are counted
+    from a center, such as the mean of the first ones.
+
+    Args:
+        rows: [num_rows, num_kv_heads, head_dim], any strides.
+        center: [num_kv_heads, head_dim] float32; 0 where not given.
+
+    Returns:
+        integers: [num_rows, num_kv_heads, head_dim] int8, -127 .. 127.
+        scales: [num_rows, num_kv_heads] float32 > 0; a key is about its integers times its scale, plus the center.
+    """
+    wide = rows.float() if center is None else rows.float() - center
+    scales = wide.abs().amax(-1).clamp(min=1e-30) / 127
+    return (wide / scales[..., None]).round().to(torch.int8), scales
 
 
 def topk_tokens(votes: Tensor, start_loc: Tensor, k: int) -> Tensor:

@@ -37,6 +37,22 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return None
 
 
+def pool_queries(
+    queries: Tensor, starts: Tensor, counts: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> Tensor:
+    """See `ops.reference.pool_queries`."""
+    from tokenselect.ops.gpu.around import pool_queries as pool
+
+    return pool(queries, starts, counts, cos, sin, interleaved)
+
+
+def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `ops.reference.quantize_rows`."""
+    from tokenselect.ops.gpu.around import quantize_rows as quantize
+
+    return quantize(rows, center)
+
+
 def score_tokens(
     queries: Tensor,
     keys: Tensor,
@@ -47,11 +63,12 @@ def score_tokens(
     scale: float,
     context: Tensor | None = None,
     key_scales: Tensor | None = None,
+    key_center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.reference.score_tokens`."""
     from tokenselect.ops.gpu.score import score_tokens as score
 
-    return score(queries, keys, pages, sequences, candidates, distances, scale, context, key_scales)
+    return score(queries, keys, pages, sequences, candidates, distances, scale, context, key_scales, key_center)
 
 
 def topk_tokens(votes: Tensor, start_loc: Tensor, k: int) -> Tensor:

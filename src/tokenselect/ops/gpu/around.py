@@ -1,6 +1,6 @@
 """What stands around the three operations, in one launch each where plain torch takes many.
 
-Pooled queries before the vote, the slots of all attended tokens after it, and how alike two queries are.
+Pooled queries and integer keys before the vote, the slots of all attended tokens after it, and how alike two queries are.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenselect.ops.gpu.bounds import has_halves, on_device, overlap
+from tokenselect.ops.gpu.bounds import has_halves, on_device, on_host, overlap
 from tokenselect.ops.gpu.device_code import after_predecessor, first_slot, load_halves, load_rotated, slots_of
 from tokenselect.ops.paging import PageTable
 
 _POOLED_AT_ONCE = 128
 _SLOTS_AT_ONCE = 512
+_QUANTIZED_AT_ONCE = 32
 
 
 @triton.jit
 def average_rotated(
-    queries, bounds, cos, sin, out,
+    queries, starts, counts, cos, sin, out,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HALVES: tl.constexpr,
     AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [num_blocks, num_q_heads]: the mean of a block's queries, each rotated by its place in the block."""
     after_predecessor(OVERLAP)
     block, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    first = tl.load(bounds + 2 * block)
-    own = (tl.load(bounds + 2 * block + 1) - first).to(tl.int32)
+    first = tl.load(starts + block)
+    own = tl.load(counts + block).to(tl.int32)
     lane = tl.arange(0, AT_ONCE)
     here = out + (block * heads + head) * D
     if HALVES:
@@ -56,20 +57,58 @@ def average_rotated(
 
 
 def pool_queries(
-    queries: Tensor, blocks: Sequence[tuple[int, int]], cos: Tensor, sin: Tensor, interleaved: bool = False
+    queries: Tensor, starts: Tensor, counts: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
 ) -> Tensor:
-    """See `ops.reference.pool_queries`."""
-    if all(end - start == 1 for start, end in blocks) and len(blocks) == queries.shape[0]:
+    """See `ops.reference.pool_queries`; a batch of single queries comes back as it is."""
+    (num_queries, heads, dim), half = queries.shape, cos.shape[1]
+    is_known_single = num_queries == starts.shape[0] and on_host(starts) == list(range(num_queries))
+    if is_known_single and max(on_host(counts)) == 1:
         return queries  # scoring takes them in any type
-    (_, heads, dim), half = queries.shape, cos.shape[1]
-    out = torch.empty((len(blocks), heads, dim), dtype=torch.float32, device=queries.device)
-    bounds = on_device([at for block in blocks for at in block], queries.device)
-    average_rotated[len(blocks), heads](
-        queries.contiguous(), bounds, cos.contiguous(), sin.contiguous(), out,
+    out = torch.empty((starts.shape[0], heads, dim), dtype=torch.float32, device=queries.device)
+    average_rotated[starts.shape[0], heads](
+        queries.contiguous(), starts, counts, cos.contiguous(), sin.contiguous(), out,
         D=dim, DP=max(16, triton.next_power_of_2(dim)), HALF=half, INTERLEAVED=interleaved,
         HALVES=has_halves(dim, half, interleaved), AT_ONCE=_POOLED_AT_ONCE, num_warps=16, **overlap(queries.device),
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def quantize(
+    rows, center, integers, scales, num_rows, row_stride, head_stride,
+    D: tl.constexpr, DP: tl.constexpr, HAS_CENTER: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid [pieces of AT_ONCE rows, num_kv_heads]: integers and scales of vectors counted from a center."""
+    after_predecessor(OVERLAP)
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    i = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
+    d = tl.arange(0, DP)
+    mask = (i < num_rows)[:, None] & (d < D)[None, :]
+    own = rows + i.to(tl.int64)[:, None] * row_stride + head * head_stride + d[None, :]
+    x = tl.load(own, mask=mask, other=0.0).to(tl.float32)
+    if HAS_CENTER:
+        x -= tl.load(center + head * D + d, mask=d < D, other=0.0)[None, :]
+    scale = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30) / 127
+    x = tl.minimum(tl.maximum(x / scale[:, None], -127.0), 127.0)
+    rounded = tl.where(x < 0, -tl.floor(0.5 - x), tl.floor(x + 0.5)).to(tl.int8)
+    place = i.to(tl.int64) * heads + head
+    tl.store(integers + place[:, None] * D + d[None, :], rounded, mask=mask)
+    tl.store(scales + place, scale, mask=i < num_rows)
+
+
+def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `ops.reference.quantize_rows`."""
+    count, heads, dim = rows.shape
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    integers = torch.empty((count, heads, dim), dtype=torch.int8, device=rows.device)
+    scales = torch.empty((count, heads), dtype=torch.float32, device=rows.device)
+    if count:
+        quantize[triton.cdiv(count, _QUANTIZED_AT_ONCE), heads](
+            rows, rows if center is None else center.contiguous(), integers, scales, count,
+            rows.stride(0), rows.stride(1), D=dim, DP=triton.next_power_of_2(dim), HAS_CENTER=center is not None,
+            AT_ONCE=_QUANTIZED_AT_ONCE, num_warps=4, **overlap(rows.device),
+        )  # fmt: skip
+    return integers, scales
 
 
 @triton.jit

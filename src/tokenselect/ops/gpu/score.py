@@ -51,6 +51,7 @@ def score_tokens(
     scale: float,
     context: Tensor | None = None,
     key_scales: Tensor | None = None,
+    key_center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.reference.score_tokens`."""
     candidates = candidates.contiguous()
@@ -61,6 +62,7 @@ def score_tokens(
         queries.contiguous(),
         keys if keys.stride(2) == 1 else keys.contiguous(),
         key_scales,
+        None if key_center is None else key_center.contiguous(),
         pages,
         sequences.contiguous(),
         candidates,
@@ -145,6 +147,7 @@ class _Call:
     queries: Tensor
     keys: Tensor
     key_scales: Tensor | None
+    key_center: Tensor | None
     pages: PageTable
     sequences: Tensor
     candidates: Tensor
@@ -214,9 +217,10 @@ class _Call:
         views, how = launch
         first, last, pages = views[0], views[-1], self.pages
         scales = self.keys if self.key_scales is None else self.key_scales
+        center = self.queries if self.key_center is None else self.key_center
         dim, exact = self.queries.shape[2], self.keys.dtype == torch.float32
         score_tiles[peaks.shape[0], peaks.shape[1], stats.shape[2]](
-            self.queries[own], self.keys, scales, pages.pages, on_device(pages.padding, self.keys.device),
+            self.queries[own], self.keys, scales, center, pages.pages, on_device(pages.padding, self.keys.device),
             self.sequences[own], self.candidates[own], self.context[own],
             first.cos, first.sin, first.run_start_loc[own.start :], last.cos, last.sin, last.run_start_loc[own.start :],
             weights, peaks, stats,
@@ -224,7 +228,7 @@ class _Call:
             self.keys.stride(0), self.keys.stride(1), scales.stride(0), scales.stride(1), pages.pages.stride(0),
             D=dim, DP=max(_LEAST_DEPTH, _power_of_2(dim)), HALF=first.cos.shape[1], GROUP=shape.group,
             GROUP_PAD=shape.group_pad, BLOCKS=shape.blocks, BLOCK_T=block_t, VIEWS=len(views), HOW=how,
-            ONE_PAGE=pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
+            ONE_PAGE=pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None, HAS_CENTER=self.key_center is not None,
             INTERLEAVED=first.interleaved, HAS_CONTEXT=self.context is not self.candidates,
             PRECISION=precision(self.keys), num_warps=_WARPS, **overlap(self.keys.device),
             num_stages=1 if exact or how == _BY_TOKEN else 2 if shape.blocks > 1 else _STAGES,

@@ -36,15 +36,15 @@ def _rotation(cos, sin, run, d, is_row, HALF: tl.constexpr, INTERLEAVED: tl.cons
 
 @triton.jit
 def score_tiles(
-    queries, keys, key_scales, pages, padding, sequences, candidates, context,
+    queries, keys, key_scales, key_center, pages, padding, sequences, candidates, context,
     cos_0, sin_0, runs_0, cos_1, sin_1, runs_1,
     weights, peaks, stats,
     scale, num_blocks, num_tiles, tiles_each, page_size, run_size,
     key_stride, key_head_stride, scale_stride, scale_head_stride, page_stride,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, VIEWS: tl.constexpr, HOW: tl.constexpr,
-    ONE_PAGE: tl.constexpr, HAS_SCALES: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_CONTEXT: tl.constexpr,
-    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    ONE_PAGE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_CENTER: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HAS_CONTEXT: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [groups of BLOCKS blocks that share sequence and start, num_kv_heads, shares of the tiles].
 
@@ -100,6 +100,9 @@ def score_tiles(
         turned_0 = q * c + p * s
         turned = tl.where(is_second, turned, turned_0)
 
+    center_row = key_center + (sequence * num_kv + kv) * D
+    if HAS_CENTER:
+        center = tl.load(center_row + d, mask=d < D, other=0.0)
     own_place = (tl.program_id(0) * num_kv + kv).to(tl.int64)
     own_weights = weights + own_place * num_tiles * BLOCK_T * ROWS + r[None, :]
     own_peaks = peaks + own_place * num_tiles * ROWS + r
@@ -145,6 +148,13 @@ def score_tiles(
         if HAS_SCALES:
             slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
             logits *= tl.load(head_scales + slot * scale_stride, mask=is_token, other=0.0)[:, None]
+        if HAS_CENTER and HOW == BY_TOKEN:
+            same_rows = center_row + tl.zeros([BLOCK_T], tl.int32)
+            wide = center[None, :] + tl.zeros([BLOCK_T, DP], tl.float32)
+            back = _turned_back(wide, same_rows, cos_1, sin_1, tl.max(run, axis=0), d, is_token, HALF, INTERLEAVED)
+            logits += tl.dot(back.to(dtype), tl.trans(turned.to(dtype)), input_precision=PRECISION)
+        elif HAS_CENTER:
+            logits += (tl.sum(turned * center[None, :], axis=1) * unit)[None, :]
 
         # Powers under the tile's own maximum: no tile waits for another.
         logits = tl.where(offset[:, None] < end[None, :], logits, float("-inf"))

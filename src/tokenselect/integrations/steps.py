@@ -1,0 +1,323 @@
+"""Layers without the host's Python: traced once for a shape and then run as straight calls of their operations.
+
+Between two attentions of a decode step the host spends hundreds of small Python calls, which at short contexts take
+longer than the arithmetic. What a layer does with so many tokens does not depend on which they are, so its operations
+are recorded once, without rotations by nothing and with norms as one operation; chunks of a long prompt gain from that
+too. A layer that cannot be recorded (its work depends on values) runs as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tokenselect.integrations.undo import override
+
+_log = logging.getLogger(__name__)
+_ATTENTION = "attend(Tensor query, Tensor key, Tensor value, float scale, float softcap, Tensor? sinks) -> Tensor"
+_definitions = torch.library.Library("tokenselect", "FRAGMENT")  # type: ignore[no-untyped-call]
+_definitions.define(_ATTENTION)  # type: ignore[no-untyped-call]
+
+
+def _attended(query: Tensor, *args: object) -> Tensor:
+    """Shape [B, Tq, Hq, D] of the attention of a query [B, Hq, Tq, D]."""
+    return query.new_empty(query.transpose(1, 2).shape)
+
+
+torch.library.register_fake("tokenselect::attend", _attended, lib=_definitions)
+
+
+class CannotTrace(Exception):
+    """A layer does more than its recorded operations would do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A decoder layer for hidden states of one shape.
+
+    Attributes:
+        run: called with the hidden states, the cache's layer and `inputs`.
+        inputs: names of the layer's parameters and buffers that `run` reads, or empty tensors themselves.
+    """
+
+    run: Callable[..., Any]
+    inputs: tuple[str | Tensor, ...]
+
+    def bind(self, layer: nn.Module) -> Callable[[Tensor, Any], Any]:
+        """The program with the weights of a layer."""
+        own = _tensors_of(layer)
+        run, inputs = self.run, [own[name] if isinstance(name, str) else name for name in self.inputs]
+        return lambda hidden, cache_layer: run(hidden, cache_layer, *inputs)
+
+
+@dataclass(slots=True)
+class Steps:
+    """The programs of a decoder's layers, traced when they are first needed.
+
+    Args:
+        identity: the `position_embeddings` that every layer gets: 1 and 0, which rotate nothing.
+        ops: the backend.
+    """
+
+    identity: tuple[Tensor, Tensor]
+    ops: Any
+    _bound: dict[Any, Callable[[Tensor, Any], Any] | None] = field(default_factory=dict)
+    _traced: dict[Any, Program | None] = field(default_factory=dict)
+
+    def find(
+        self, index: int, layer: nn.Module, forward: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]
+    ) -> Callable[[Tensor, Any], Any] | None:
+        """What runs layer `index` on `hidden` [B, T, hidden_size]; None: the layer must run itself."""
+        flags = tuple((name, value) for name, value in kwargs.items() if isinstance(value, bool | int | float | str))
+        key = (index, hidden.shape, flags)
+        if key not in self._bound:
+            self._bound[key] = self._trace(index, layer, forward, hidden, kwargs, flags)
+        return self._bound[key]
+
+    def forget(self) -> None:
+        """Trace anew: layers may have been changed."""
+        self._bound.clear()
+        self._traced.clear()
+
+    def _trace(
+        self,
+        index: int,
+        layer: nn.Module,
+        forward: Callable[..., Any],
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        flags: tuple[Any, ...],
+    ) -> Callable[[Tensor, Any], Any] | None:
+        kind = (hidden.shape, flags, *_signature(layer))
+        try:
+            _refuse_hooks(layer)
+            if kind not in self._traced:
+                self._traced[kind] = None  # and stays so if it fails
+                self._traced[kind] = _trace_layer(index, layer, forward, hidden, kwargs, self.identity, self.ops)
+        except Exception as error:  # host code may fail in any way when it is traced
+            _log.info("layer %d runs its own Python: %s", index, error)
+            return None
+        program = self._traced[kind]
+        return None if program is None else program.bind(layer)
+
+
+class _Recording:
+    """Stands for a cache and for its layer while a decoder layer is traced."""
+
+    def __init__(self, index: int) -> None:
+        self.layers = {index: self}
+        self.handed: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.handed = key, value
+        return key, value
+
+    def attend(self, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+        assert self.handed is not None
+        result: Tensor = torch.ops.tokenselect.attend(query, *self.handed, scale, softcap or 0.0, sinks)
+        return result
+
+
+def _attend(
+    cache_layer: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, sinks: Tensor | None
+) -> Any:
+    """What a program calls where the layer attended."""
+    cache_layer.update(key, value)
+    return cache_layer.attend(query, scale, softcap or None, sinks)
+
+
+@torch.no_grad()
+def _trace_layer(
+    index: int,
+    layer: nn.Module,
+    forward: Callable[..., Any],
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    identity: tuple[Tensor, Tensor],
+    ops: Any,
+) -> Program:
+    """Record what `forward` does.
+
+    Raises:
+        CannotTrace: it uses more than its input, its own tensors and its cache.
+    """
+    cache = {name: _Recording(index) for name in ("past_key_values", "layer_past") if kwargs.get(name) is not None}
+    given = {**kwargs, **cache}
+    module = make_fx(lambda x: forward(x, **given), tracing_mode="fake", _allow_non_fake_inputs=True)(hidden)
+    graph = module.graph
+    _leave_out_rotation(graph, module, identity)
+    _fuse_norms(graph, module, ops)
+    graph.eliminate_dead_code()
+    cache_layer = _take_cache_layer(graph)
+    inputs = _take_tensors(graph, module, _tensors_of(layer), cache_layer)
+    graph.lint()
+    return Program(fx.GraphModule(nn.Module(), graph).forward, inputs)
+
+
+def _refuse_hooks(layer: nn.Module) -> None:
+    """The layer's own hooks run around its forward; those within it would be lost."""
+    for name, module in layer.named_modules():
+        if name and (module._forward_hooks or module._forward_pre_hooks):
+            raise CannotTrace(f"{name} has hooks")
+
+
+def _tensors_of(layer: nn.Module) -> dict[str, Tensor]:
+    return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+
+
+def _signature(layer: nn.Module) -> Iterator[Any]:
+    """Everything that tracing bakes in: two layers that agree here share a program."""
+    internal = nn.Module().__dict__.keys() | {"forward", "layer_idx", "_is_hf_initialized"}
+    for name, module in layer.named_modules():
+        plain = tuple(
+            (key, value if isinstance(value, bool | int | float | str | None) else id(value))
+            for key, value in module.__dict__.items()
+            if key not in internal
+        )
+        yield name, type(module), plain, tuple(_form(part) for part in module.parameters(recurse=False))
+        yield tuple(_form(part) for part in module.buffers(recurse=False))
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _constants(graph: fx.Graph, module: nn.Module) -> dict[fx.Node, Tensor]:
+    return {node: operator.attrgetter(str(node.target))(module) for node in graph.nodes if node.op == "get_attr"}
+
+
+_SHAPES = {"view", "unsqueeze", "expand", "_to_copy", "slice", "alias", "clone", "detach", "lift_fresh_copy"}
+
+
+def _leave_out_rotation(graph: fx.Graph, module: nn.Module, identity: tuple[Tensor, Tensor]) -> None:
+    """`x * 1 + rotate_half(x) * 0` is `x`."""
+    values: dict[fx.Node, int] = {}  # nodes that are 1 or 0 everywhere
+    for node, tensor in _constants(graph, module).items():
+        if tensor is identity[0] or tensor is identity[1]:
+            values[node] = int(tensor is identity[0])
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        name, inputs = getattr(node.target, "__name__", "").split(".")[0], [a for a in node.args if a in values]
+        if not inputs:
+            continue
+        first, second = [*node.args[:2], None][:2]
+        if name in _SHAPES and first in values:
+            values[node] = values[first]
+        elif name == "mul" and isinstance(second, fx.Node):
+            other, value = (second, values[first]) if first in values else (first, values[second])
+            if value == 0:
+                values[node] = 0
+            elif _looks_like(other, node):
+                node.replace_all_uses_with(other)
+        elif name in ("add", "sub") and second in values and values[second] == 0 and _looks_like(first, node):
+            node.replace_all_uses_with(first)
+
+
+def _looks_like(a: Any, b: fx.Node) -> bool:
+    one, two = a.meta["val"], b.meta["val"]
+    return bool(one.shape == two.shape and one.dtype == two.dtype)
+
+
+def _fuse_norms(graph: fx.Graph, module: nn.Module, ops: Any) -> None:
+    """A root mean square norm is one operation, where the backend has it."""
+    constants = _constants(graph, module)
+    takes: Callable[[Tensor], bool] = getattr(ops, "takes_linear", lambda weight: False)
+    for node in [node for node in graph.nodes if node.target is _aten.rsqrt.default]:
+        found = _norm_around(node, constants)
+        if found is None or not takes(constants[found[2]]):
+            continue
+        end, x, weight, epsilon = found
+        with graph.inserting_before(end):
+            norm = graph.call_function(torch.ops.tokenselect.rms_norm.default, (x, weight, epsilon))
+        norm.meta = end.meta
+        end.replace_all_uses_with(norm)
+
+
+_aten = torch.ops.aten
+
+
+def _norm_around(rsqrt: fx.Node, constants: dict[fx.Node, Tensor]) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
+    """Last node, input, weight and epsilon of `weight * (x * rsqrt(mean(x ** 2) + epsilon)).to(x.dtype)`."""
+    add = _made_by(rsqrt.args[0], _aten.add.Tensor)
+    mean = add and _made_by(add.args[0], _aten.mean.dim)
+    power = mean and list(mean.args[1:]) == [[-1], True] and _made_by(mean.args[0], _aten.pow.Tensor_Scalar)
+    if not power or power.args[1] != 2 or not isinstance(add.args[1], float):
+        return None
+    wide, scaled = power.args[0], _only_user(rsqrt, _aten.mul.Tensor)
+    if scaled is None or set(scaled.args) != {wide, rsqrt}:
+        return None
+    narrow = _only_user(scaled, _aten._to_copy.default) or scaled
+    end = _only_user(narrow, _aten.mul.Tensor)
+    weight = end and next((part for part in end.args if part in constants), None)
+    x = wide.args[0] if wide.target is _aten._to_copy.default else wide
+    if not weight or not _looks_like(x, end) or constants[weight].shape != x.meta["val"].shape[-1:]:
+        return None
+    return (end, x, weight, add.args[1]) if constants[weight].dtype == x.meta["val"].dtype else None
+
+
+def _made_by(node: Any, target: Any) -> Any:
+    return node if isinstance(node, fx.Node) and node.target is target else None
+
+
+def _only_user(node: fx.Node, target: Any) -> Any:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target is target else None
+
+
+def _take_cache_layer(graph: fx.Graph) -> fx.Node:
+    """Let the cache's layer be the second input, and the attention its work."""
+    hidden = next(node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_after(hidden):
+        cache_layer = graph.placeholder("cache_layer")
+    attentions = [node for node in graph.nodes if node.target is torch.ops.tokenselect.attend.default]
+    if len(attentions) != 1:
+        raise CannotTrace(f"it attends {len(attentions)} times")
+    attentions[0].target = _attend
+    attentions[0].args = (cache_layer, *attentions[0].args)
+    return cache_layer
+
+
+def _take_tensors(
+    graph: fx.Graph, module: nn.Module, own: dict[str, Tensor], cache_layer: fx.Node
+) -> tuple[str | Tensor, ...]:
+    """Let the layer's tensors be inputs, so that layers of one kind share a program; returns which they are."""
+    names = {id(tensor): name for name, tensor in own.items()}
+    taken: list[str | Tensor] = []
+    last = cache_layer
+    for node, tensor in _constants(graph, module).items():
+        if id(tensor) not in names and tensor.numel():
+            raise CannotTrace(f"it reads a tensor of shape {tuple(tensor.shape)} that is not its own")
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"tensor_{len(taken)}")
+        taken.append(names.get(id(tensor), tensor))
+        node.replace_all_uses_with(last)
+        graph.erase_node(node)
+    return tuple(taken)
+
+
+_FEW_ROWS = 16  # with more, a matrix product reuses what it has read
+
+
+def quicken_linears(stack: ExitStack, model: nn.Module, ops: Any) -> None:
+    """Let linear layers take the backend's `linear` for a few rows, where it has one that takes their weights."""
+    takes: Callable[[Tensor], bool] = getattr(ops, "takes_linear", lambda weight: False)
+    for module in model.modules():
+        if type(module) is nn.Linear and takes(module.weight):
+            override(stack, module, "forward", functools.partial(_linear, ops.linear, module))
+
+
+def _linear(linear: Callable[..., Tensor], module: nn.Linear, original: Callable[..., Tensor], x: Tensor) -> Tensor:
+    few = x.numel() <= _FEW_ROWS * x.shape[-1] and x.dtype == module.weight.dtype
+    if few and not torch.is_autocast_enabled(x.device.type):
+        return linear(x, module.weight, module.bias)
+    return original(x)

@@ -1,0 +1,166 @@
+"""Traced decode steps: the same tokens as the host's own Python, and its own Python where tracing would be wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from test_generate import CONFIGS, LOGITS, NARROW, SIZES, build, generate, prompt
+from transformers import DynamicCache, LlamaConfig, MixtralConfig, PreTrainedModel, Qwen3Config
+
+from tokenselect.config import TokenSelectConfig
+from tokenselect.integrations.steps import Steps
+from tokenselect.integrations.transformers import TokenSelect
+from tokenselect.ops import cpu
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+WIDE_ROWS = {**SIZES, "hidden_size": 96, "intermediate_size": 64}
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return build(LlamaConfig(**WIDE_ROWS))
+
+
+@pytest.fixture(scope="module")
+def mixtral() -> PreTrainedModel:
+    return build(MixtralConfig(**WIDE_ROWS, num_local_experts=4, num_experts_per_tok=2))
+
+
+@torch.no_grad()
+def steps_of(model: PreTrainedModel, config: TokenSelectConfig, batch: int = 1, count: int = 6) -> tuple[Tensor, Steps]:
+    """Logits of some decode steps, and the programs that ran them."""
+    with TokenSelect(model, config) as host:
+        cache = DynamicCache(config=model.config)
+        model(prompt(70, batch), past_key_values=cache)
+        out = [model(torch.full((batch, 1), 5 + i), past_key_values=cache).logits for i in range(count)]
+        return torch.cat(out, dim=1), host._steps
+
+
+def programs(steps: Steps) -> list[Any]:
+    return [program for program in steps._bound.values() if program is not None]
+
+
+def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Steps, "find", lambda *args: None)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_same_logits_as_the_hosts_own_steps(
+    llama: PreTrainedModel, config: TokenSelectConfig, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced, steps = steps_of(llama, config, batch)
+    assert len(programs(steps)) == 2  # one a layer
+    assert len(steps._traced) == 1  # which share what was recorded
+    untraced(monkeypatch)
+    torch.testing.assert_close(traced, steps_of(llama, config, batch)[0], atol=LOGITS, rtol=0)
+
+
+def test_same_tokens_on_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenselect.models import load_model
+
+    loaded = load_model(dtype="float32")
+    ids = loaded.tokenizer("The sea was calm, and the captain said: " * 30, return_tensors="pt").input_ids
+    config = TokenSelectConfig(num_sink_tokens=16, num_local_tokens=64, num_selected_tokens=64, num_dense_tokens=0)
+    made = []
+    for _ in range(2):
+        with TokenSelect(loaded.model, config):
+            made.append(generate(loaded.model, ids, 24))
+        untraced(monkeypatch)
+    assert torch.equal(*made)
+
+
+def test_a_norm_and_a_linear_layer_are_one_call_each(llama: PreTrainedModel) -> None:
+    if cpu.why_missing():
+        pytest.skip(f"native kernels: {cpu.why_missing()}")
+    (program,) = steps_of(llama, NARROW)[1]._traced.values()
+    assert program is not None
+    code = program.run.__self__.code
+    assert code.count("rms_norm.default(") == 2
+    assert code.count("linear.default(") == 7
+    assert "rsqrt" not in code
+    assert "neg" not in code  # a rotation by nothing is left out
+
+
+def test_norms_of_queries_and_keys_too() -> None:
+    (program,) = steps_of(build(Qwen3Config(**WIDE_ROWS)), NARROW)[1]._traced.values()
+    if cpu.why_missing() is None:
+        assert program.run.__self__.code.count("rms_norm.default(") == 4
+
+
+def test_the_plain_definition_traces_too(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = NARROW.replace(backend="reference")
+    traced, steps = steps_of(llama, config)
+    assert len(programs(steps)) == 2
+    untraced(monkeypatch)
+    assert torch.equal(traced, steps_of(llama, config)[0])
+
+
+def test_work_that_depends_on_values_is_not_recorded(mixtral: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture of experts may be recorded only where its experts are chosen by tensors, not by Python."""
+    traced, _ = steps_of(mixtral, NARROW, count=12)
+    untraced(monkeypatch)
+    torch.testing.assert_close(traced, steps_of(mixtral, NARROW, count=12)[0], atol=LOGITS, rtol=0)
+
+
+def test_hooks_inside_a_layer_still_run(llama: PreTrainedModel) -> None:
+    seen: list[int] = []
+    handle = llama.model.layers[1].mlp.register_forward_hook(lambda *args: seen.append(1))
+    try:
+        steps = steps_of(llama, NARROW, count=4)[1]
+    finally:
+        handle.remove()
+    assert len(seen) >= 4
+    assert len(programs(steps)) == 1
+
+
+def test_hidden_states_can_be_asked_for(llama: PreTrainedModel) -> None:
+    ids = prompt(40)
+    with TokenSelect(llama, NARROW):
+        made = llama.generate(
+            ids, max_new_tokens=3, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
+        )
+    assert [len(step) for step in made.hidden_states] == [3, 3, 3]
+
+
+def test_changed_weights_count_from_the_next_prompt_on(llama: PreTrainedModel) -> None:
+    module: nn.Linear = llama.model.layers[0].mlp.down_proj
+    before = module.weight
+    with TokenSelect(llama, NARROW):
+        first = generate(llama, prompt(50), 8)
+        module.weight = torch.nn.Parameter(-2 * before.detach())
+        changed = generate(llama, prompt(50), 8)
+        module.weight = before
+        assert torch.equal(generate(llama, prompt(50), 8), first)
+    assert not torch.equal(changed, first)
+
+
+def test_in_place_changes_count_at_once(llama: PreTrainedModel) -> None:
+    weight = llama.model.layers[0].mlp.down_proj.weight
+    cache = DynamicCache(config=llama.config)
+    with TokenSelect(llama, NARROW), torch.no_grad():
+        llama(prompt(50), past_key_values=cache)
+        token = torch.tensor([[5]])
+        first = llama(token, past_key_values=cache).logits
+        cache.crop(-1)
+        weight.mul_(2)
+        try:
+            second = llama(token, past_key_values=cache).logits
+        finally:
+            weight.div_(2)
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_autocast_runs_the_hosts_own_steps(llama: PreTrainedModel) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not programs(steps_of(llama, NARROW)[1])
+
+
+def test_leaving_gives_linear_layers_back(llama: PreTrainedModel) -> None:
+    with TokenSelect(llama, NARROW):
+        pass
+    assert all("forward" not in module.__dict__ for module in llama.modules())
