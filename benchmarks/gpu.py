@@ -2,11 +2,12 @@
 
     python -m benchmarks.gpu
 
-A block of 512 prompt tokens and a decode step, for the shapes of Qwen2-7B and Llama-3-8B, k = 2,048, mixed scoring.
-Every time is that of a captured CUDA graph, so no Python is in it; short contexts rotate over several caches, so that none
-is read from the L2 cache. Dense attention is given rotated keys; ours pools, scores, selects, gathers, rotates and
-attends. "int8" scores by an int8 copy of the keys that exists already. Before anything is timed, results are compared
-with the definition. Rows go to results/gpu.csv, the plot to results/gpu.png, and the last line printed is JSON.
+A block of 512 prompt tokens and a decode step, for the shapes of Qwen2-7B and Llama-3-8B, k = 2,048; scoring is
+mixed, or at one distance where a phase is marked so. Every time is that of a captured CUDA graph, so no Python is in
+it; short contexts rotate over several caches, so that none is read from the L2 cache. Dense attention is given
+rotated keys; ours pools, scores, selects, gathers, rotates and attends. "int8" scores by an int8 copy of the keys
+that exists already. Before anything is timed, results are compared with the definition. Rows go to results/gpu.csv,
+the plot to results/gpu.png, and the last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from tokenselect.selection import Block, SelectionPlan, candidates_end, plan_sel
 LENGTHS = (2**15, 2**17, 2**19, 2**20)
 DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 CONFIG = TokenSelectConfig(num_selected_tokens=2048, num_dense_tokens=0)
+ONE_DISTANCE = CONFIG.replace(scoring="position_free")
 DEVICE = torch.device("cuda")
 COLD_BYTES = 250e6  # several times the L2 cache
 
@@ -84,7 +87,9 @@ class Layer:
         self.pages = PageTable(torch.zeros((1, 1), dtype=torch.int64, device=DEVICE), length, [0])
         self.queries = torch.randn((own, shape.num_q_heads, shape.head_dim), device=DEVICE, dtype=torch.bfloat16)
         self.block = Block(0, length - own, length, 0)
-        self.plan: SelectionPlan = plan_selection([self.block], CONFIG, table, 28_672)
+        self.mixed = plan_selection([self.block], CONFIG, table, 28_672)
+        self.one_distance = plan_selection([self.block], ONE_DISTANCE, table, 28_672)
+        self.plan: SelectionPlan = self.mixed
         self.scale = shape.head_dim**-0.5
         self.last = self.slots(False)  # what a Selection Cache hit finds
 
@@ -105,6 +110,11 @@ class Layer:
         window = candidates_end(self.block, CONFIG)
         slots, bounds = around.attended_slots(chosen, self.pages, [0], [window], [self.length], CONFIG.num_sink_tokens)
         return slots, torch.tensor(bounds)
+
+    def run(self, by_int8: bool, one_distance: bool) -> Tensor:
+        """All that a forward pass does in this layer's attention."""
+        self.plan = self.one_distance if one_distance else self.mixed
+        return self.attend(self.slots(by_int8))
 
     def attend(self, slots: tuple[Tensor, Tensor], ops: object = gpu) -> Tensor:
         """Sparse attention over chosen rows."""
@@ -178,15 +188,15 @@ def copy_bandwidth() -> float:
 def phases(layers: list[Layer], own: int) -> Iterator[tuple[str, list[Callable[[], object]]]]:
     """Everything that is timed at one length."""
     kind = "step" if own == 1 else "block"
-    for name in ("bf16", "int8"):
-        by_int8 = name == "int8"
-        yield f"{kind} {name}", [lambda x=x, i=by_int8: x.attend(x.slots(i)) for x in layers]  # type: ignore[misc]
-        if own == 1:
-            yield f"score {name}", [lambda x=x, i=by_int8: x.score(i) for x in layers]  # type: ignore[misc]
+    for name, by_int8 in (("bf16", False), ("int8", True)):
+        for scoring, one in (("", False), (", one distance", True)):
+            yield f"{kind} {name}{scoring}", [partial(layer.run, by_int8, one) for layer in layers]
+            if own == 1:
+                yield f"score {name}{scoring}", [partial(layer.score, by_int8) for layer in layers]
     if own == 1:
         votes = layers[0].score(False)
         yield "topk", [lambda: gpu.topk_tokens(*votes, CONFIG.num_selected_tokens)]
-        yield "step hit", [lambda x=x: x.hit() for x in layers]  # type: ignore[misc]
+        yield "step hit", [layer.hit for layer in layers]
 
 
 def run(shape: Shape, length: int, own: int, table: RotaryTable) -> dict[str, list[float]]:
@@ -235,9 +245,9 @@ def rows_of(
         if phase.startswith(("block", "step")):
             row["against_dense"] = round(best / middle, 2)
         if phase.startswith("score"):
-            speed = key_bytes * (2 if phase.endswith("bf16") else 1) / middle / 1e3
+            speed = key_bytes * (2 if "bf16" in phase else 1) / middle / 1e3
             row |= {"gb_per_s": round(speed), "of_copy": round(speed / copied, 2)}
-        print(f"{shape.name:>11} {length:>8} {kind:<18} {middle:9.1f} us  {row.get('against_dense', '')}", flush=True)
+        print(f"{shape.name:>11} {length:>8} {kind:<24} {middle:9.1f} us  {row.get('against_dense', '')}", flush=True)
         yield row
 
 

@@ -24,7 +24,8 @@ triton = pytest.importorskip("triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Votes add up to 2 a block; exponentials of 16-bit keys are kept in half precision and queries are rounded to the
-# keys' type. The reference computes attention in the dtype of its inputs, the kernels in float32: they differ by what it rounds.
+# keys' type. The reference computes attention in the dtype of its inputs, the kernels in float32: they differ by what
+# it rounds.
 VOTES = 2e-4
 ROUNDED_VOTES = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 ATTENTION = {torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}

@@ -1,6 +1,7 @@
 """What stands around the three operations, in one launch each where plain torch takes many.
 
-Pooled queries and integer keys before the vote, the slots of all attended tokens after it, and how alike two queries are.
+Pooled queries and integer keys before the vote, the slots of all attended tokens after it, and how alike two queries
+are.
 """
 
 from __future__ import annotations

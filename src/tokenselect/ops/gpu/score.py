@@ -21,7 +21,7 @@ _WARPS, _STAGES = 4, 3
 _MOST_WEIGHTS = 2**29  # exponentials kept at once: 1 GiB
 _MOST_TILES_EACH, _PROGRAMS = 32, 2048
 _TOKEN_ROWS_SUMMED = 8192  # at once, of a program
-_ONCE, _BY_TILE, _BY_TOKEN = (how.value for how in (ONCE, BY_TILE, BY_TOKEN))
+_ONCE, _BY_TILE, _BY_TOKEN = (int(how.value) for how in (ONCE, BY_TILE, BY_TOKEN))
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +228,9 @@ class _Call:
             self.keys.stride(0), self.keys.stride(1), scales.stride(0), scales.stride(1), pages.pages.stride(0),
             D=dim, DP=max(_LEAST_DEPTH, _power_of_2(dim)), HALF=first.cos.shape[1], GROUP=shape.group,
             GROUP_PAD=shape.group_pad, BLOCKS=shape.blocks, BLOCK_T=block_t, VIEWS=len(views), HOW=how,
-            ONE_PAGE=pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None, HAS_CENTER=self.key_center is not None,
-            INTERLEAVED=first.interleaved, HAS_CONTEXT=self.context is not self.candidates,
+            ONE_PAGE=pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
+            HAS_CENTER=self.key_center is not None, INTERLEAVED=first.interleaved,
+            HAS_CONTEXT=self.context is not self.candidates,
             PRECISION=precision(self.keys), num_warps=_WARPS, **overlap(self.keys.device),
             num_stages=1 if exact or how == _BY_TOKEN else 2 if shape.blocks > 1 else _STAGES,
         )  # fmt: skip

@@ -234,4 +234,4 @@ def _longest(votes: Tensor, start_loc: Tensor) -> int:
 
 def _per_chunk(longest: int, k: int) -> int:
     """Votes per chunk, a power of 2: more chunks than are chosen, no more than a program holds."""
-    return triton.next_power_of_2(triton.cdiv(longest, max(_CHUNKS_PER_CHOICE * k, _LEAST_CHUNKS)))
+    return 1 << (-(-longest // max(_CHUNKS_PER_CHOICE * k, _LEAST_CHUNKS)) - 1).bit_length()
