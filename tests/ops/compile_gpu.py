@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from tokenselect.ops import gpu, reference
+from tokenselect.ops.gpu import around
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
@@ -54,11 +55,10 @@ def compile_for(target: GPUTarget) -> Any:
 
 
 def int8_votes(case: Votes) -> None:
-    scales = case.cache.keys.abs().amax(-1).clamp(min=1e-9).float() / 127
-    keys = (case.cache.keys / scales[..., None]).round().to(torch.int8)
-    gpu.score_tokens(
-        case.queries, keys, case.cache.pages, case.of, case.candidates, case.views, case.scale, None, scales
-    )
+    keys, scales = reference.quantize_rows(case.cache.keys)
+    center = torch.randn(len(case.sequences), *keys.shape[1:])
+    given = (case.queries, keys, case.cache.pages, case.of, case.candidates, case.views, case.scale, None)
+    gpu.score_tokens(*given, scales, center)
 
 
 def big_votes(blocks: int, dtype: torch.dtype, heads: tuple[int, int] = (28, 4), dim: int = 128) -> Votes:
@@ -84,11 +84,20 @@ def big_attention(own: int, dtype: torch.dtype) -> Sparse:
 
 def main(backend: str, arch: str) -> None:
     target = GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
+    if backend == "hip":
+        torch.version.hip = "pretended"  # before the kernels' modules are imported, which ask for it
     JITFunction.run = compile_for(target)  # type: ignore[method-assign]
     for dtype in (torch.bfloat16, torch.float32):
         for case in (big_votes(1, dtype), big_votes(64, dtype), votes_case("page3", dim=80, interleaved=True)):
             case.score(gpu)  # type: ignore[arg-type]
     int8_votes(big_votes(1, torch.bfloat16))
+    int8_votes(votes_case("page3", dim=80))
+    rows = torch.randn(512, 28, 128, dtype=torch.bfloat16)
+    gpu.pool_queries(rows, torch.tensor([0]), torch.tensor([512]), *angles(512, 64))
+    gpu.quantize_rows(rows, torch.randn(28, 128))
+    around.least_cosine(rows[:2], rows[2:4], 4)
+    pages = big_votes(1, torch.bfloat16).cache.pages
+    around.attended_slots(torch.zeros((1, 64), dtype=torch.int64), pages, [0], [70], [90], 4)
     gpu.topk_tokens(torch.rand(9000), torch.tensor([0, 9000]), 100)
     for own in (1, 512):
         for dtype in (torch.bfloat16, torch.float32):

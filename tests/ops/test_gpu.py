@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -367,3 +369,13 @@ def test_it_says_that_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None
 def test_importing_the_package_imports_no_triton() -> None:
     code = "import sys, tokenselect, tokenselect.ops; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("target", ["cuda 80", "cuda 90", "hip gfx942"])
+def test_it_compiles_for_gpus_that_are_not_here(target: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("compile_gpu.py")), *target.split()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for kernel in ("score_tiles", "score_center", "sum_votes", "write_chosen", "attend_few", "attend_many"):
+        assert f"{kernel}: shared" in done.stdout

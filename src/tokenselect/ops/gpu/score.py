@@ -10,12 +10,21 @@ import torch
 from torch import Tensor
 
 from tokenselect.ops.gpu.bounds import is_capturing, is_known, on_device, on_host, overlap, precision, remember
-from tokenselect.ops.gpu.score_kernels import BY_TILE, BY_TOKEN, ONCE, reduce_rows, score_tiles, sum_votes
+from tokenselect.ops.gpu.score_kernels import (
+    BY_TILE,
+    BY_TOKEN,
+    ONCE,
+    reduce_rows,
+    score_center,
+    score_tiles,
+    sum_votes,
+)
 from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import Distances
 
 # Rows of one product with a tile of keys
 _LEAST_ROWS, _MOST_ROWS = (8, 32) if torch.version.hip is None else (16, 32)
+_CENTERS = 64  # tiles whose center one program scores
 _LEAST_DEPTH = 32  # of a product of integers
 _WARPS, _STAGES = 4, 3
 _MOST_WEIGHTS = 2**29  # exponentials kept at once: 1 GiB
@@ -219,19 +228,29 @@ class _Call:
         scales = self.keys if self.key_scales is None else self.key_scales
         center = self.queries if self.key_center is None else self.key_center
         dim, exact = self.queries.shape[2], self.keys.dtype == torch.float32
+        rotations = first.cos, first.sin, first.run_start_loc[own.start :]
+        rotations = *rotations, last.cos, last.sin, last.run_start_loc[own.start :]
+        sizes = {
+            "D": dim, "DP": max(_LEAST_DEPTH, _power_of_2(dim)), "HALF": first.cos.shape[1], "GROUP": shape.group,
+            "GROUP_PAD": shape.group_pad, "BLOCKS": shape.blocks, "BLOCK_T": block_t, "VIEWS": len(views),
+            "INTERLEAVED": first.interleaved, "PRECISION": precision(self.keys), **overlap(self.keys.device),
+        }  # fmt: skip
+        shifts = peaks
+        if self.key_center is not None and how == _BY_TILE:
+            shifts = torch.empty_like(peaks)
+            score_center[peaks.shape[0], peaks.shape[1], -(-peaks.shape[2] // _CENTERS)](
+                self.queries[own], center, self.sequences[own], *rotations, shifts,
+                self.scale, own.stop - own.start, peaks.shape[2], last.run_size,
+                **sizes | {"PRECISION": precision(shifts)}, TILES=_CENTERS, num_warps=4, num_stages=1,
+            )  # fmt: skip
         score_tiles[peaks.shape[0], peaks.shape[1], stats.shape[2]](
             self.queries[own], self.keys, scales, center, pages.pages, on_device(pages.padding, self.keys.device),
             self.sequences[own], self.candidates[own], self.context[own],
-            first.cos, first.sin, first.run_start_loc[own.start :], last.cos, last.sin, last.run_start_loc[own.start :],
-            weights, peaks, stats,
+            *rotations, shifts, weights, peaks, stats,
             self.scale, own.stop - own.start, peaks.shape[2], tiles_each, pages.page_size, last.run_size,
             self.keys.stride(0), self.keys.stride(1), scales.stride(0), scales.stride(1), pages.pages.stride(0),
-            D=dim, DP=max(_LEAST_DEPTH, _power_of_2(dim)), HALF=first.cos.shape[1], GROUP=shape.group,
-            GROUP_PAD=shape.group_pad, BLOCKS=shape.blocks, BLOCK_T=block_t, VIEWS=len(views), HOW=how,
-            ONE_PAGE=pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
-            HAS_CENTER=self.key_center is not None, INTERLEAVED=first.interleaved,
-            HAS_CONTEXT=self.context is not self.candidates,
-            PRECISION=precision(self.keys), num_warps=_WARPS, **overlap(self.keys.device),
+            **sizes, HOW=how, ONE_PAGE=pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
+            HAS_CENTER=self.key_center is not None, HAS_CONTEXT=self.context is not self.candidates, num_warps=_WARPS,
             num_stages=1 if exact or how == _BY_TOKEN else 2 if shape.blocks > 1 else _STAGES,
         )  # fmt: skip
 

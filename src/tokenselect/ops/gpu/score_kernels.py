@@ -35,9 +35,69 @@ def _rotation(cos, sin, run, d, is_row, HALF: tl.constexpr, INTERLEAVED: tl.cons
 
 
 @triton.jit
+def _rows(
+    first, kv, num_blocks, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Of each row: its view, its block, its query head, and whether it is one."""
+    r = tl.arange(0, ROWS)
+    own_block = first + r // GROUP_PAD % BLOCKS
+    head = kv * GROUP + tl.minimum(r % GROUP_PAD, GROUP - 1)
+    is_row = (r % GROUP_PAD < GROUP) & (own_block < num_blocks)
+    return r // (BLOCKS * GROUP_PAD), tl.minimum(own_block, num_blocks - 1), head, is_row
+
+
+@triton.jit
+def _queries(
+    queries, block, head, num_heads, factor, d, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """Queries [ROWS, DP] and, for each dimension, that which it turns with."""
+    _, partner, _ = rotary_pairs(d, HALF, INTERLEAVED)
+    own = queries + ((block * num_heads + head) * D)[:, None]
+    q = tl.load(own + d[None, :], mask=(d < D)[None, :], other=0.0).to(tl.float32)
+    p = tl.load(own + partner[None, :], mask=(d < 2 * HALF)[None, :], other=0.0).to(tl.float32)
+    return q * factor, p * factor
+
+
+@triton.jit
+def score_center(
+    queries, key_center, sequences, cos_0, sin_0, runs_0, cos_1, sin_1, runs_1, shifts,
+    scale, num_blocks, num_tiles, run_size,
+    D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, VIEWS: tl.constexpr, TILES: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid [groups, num_kv_heads, pieces of TILES tiles]: logits of the center, the same for all keys of a tile.
+
+    As in `score_tiles`, whose second view rotates each tile alike; that of one tile is a product with its cosines.
+    """
+    after_predecessor(OVERLAP)
+    ROWS: tl.constexpr = VIEWS * BLOCKS * GROUP_PAD
+    first, kv, num_kv = tl.program_id(0) * BLOCKS, tl.program_id(1), tl.num_programs(1)
+    view, block, head, is_row = _rows(first, kv, num_blocks, GROUP, GROUP_PAD, BLOCKS, ROWS)
+    d = tl.arange(0, DP)
+    q, p = _queries(queries, block, head, num_kv * GROUP, scale * LOG2E, d, D, HALF, INTERLEAVED)
+    center = tl.load(key_center + (tl.load(sequences + first) * num_kv + kv) * D + d, mask=d < D, other=0.0)
+    q, p = q * center[None, :], p * center[None, :]
+    tile = tl.program_id(2) * TILES + tl.arange(0, TILES)
+    out = tl.zeros([TILES, ROWS], tl.float32)
+    for n in tl.static_range(BLOCKS):
+        own = tl.minimum(first + n, num_blocks - 1)
+        begin = tl.load(runs_1 + own)
+        run = begin + tl.minimum(tile * BLOCK_T // run_size, tl.load(runs_1 + own + 1) - begin - 1)
+        c, s = load_rotation(cos_1, sin_1, run, d, tile < num_tiles, HALF, INTERLEAVED)
+        logits = tl.dot(c, tl.trans(q), input_precision=PRECISION) + tl.dot(s, tl.trans(p), input_precision=PRECISION)
+        out = tl.where((block == own)[None, :], logits, out)
+    if VIEWS == 2:
+        c, s = load_rotation(cos_0, sin_0, tl.load(runs_0 + block), d, is_row, HALF, INTERLEAVED)
+        out = tl.where((view == 0)[None, :], tl.sum(q * c + p * s, axis=1)[None, :], out)
+    place = (tl.program_id(0) * num_kv + kv).to(tl.int64) * num_tiles + tile
+    tl.store(shifts + place[:, None] * ROWS + tl.arange(0, ROWS)[None, :], out, mask=(tile < num_tiles)[:, None])
+
+
+@triton.jit
 def score_tiles(
     queries, keys, key_scales, key_center, pages, padding, sequences, candidates, context,
-    cos_0, sin_0, runs_0, cos_1, sin_1, runs_1,
+    cos_0, sin_0, runs_0, cos_1, sin_1, runs_1, shifts,
     weights, peaks, stats,
     scale, num_blocks, num_tiles, tiles_each, page_size, run_size,
     key_stride, key_head_stride, scale_stride, scale_head_stride, page_stride,
@@ -58,11 +118,7 @@ def score_tiles(
     kv, share = tl.program_id(1), tl.program_id(2)
     num_kv = tl.num_programs(1)
     r = tl.arange(0, ROWS)
-    view = r // (BLOCKS * GROUP_PAD)
-    own_block = first + r // GROUP_PAD % BLOCKS
-    block = tl.minimum(own_block, num_blocks - 1)
-    is_row = (r % GROUP_PAD < GROUP) & (own_block < num_blocks)
-    head = kv * GROUP + tl.minimum(r % GROUP_PAD, GROUP - 1)
+    view, block, head, is_row = _rows(first, kv, num_blocks, GROUP, GROUP_PAD, BLOCKS, ROWS)
     d = tl.arange(0, DP)
 
     sequence = tl.load(sequences + first)
@@ -76,10 +132,7 @@ def score_tiles(
     if first_tile >= last_tile:
         return
 
-    _, partner, _ = rotary_pairs(d, HALF, INTERLEAVED)
-    own = queries + ((block * num_kv * GROUP + head) * D)[:, None]
-    q = tl.load(own + d[None, :], mask=(d < D)[None, :], other=0.0).to(tl.float32) * (scale * LOG2E)
-    p = tl.load(own + partner[None, :], mask=(d < 2 * HALF)[None, :], other=0.0).to(tl.float32) * (scale * LOG2E)
+    q, p = _queries(queries, block, head, num_kv * GROUP, scale * LOG2E, d, D, HALF, INTERLEAVED)
     run_begin = tl.load(runs_1 + block)
     last_run = tl.load(runs_1 + block + 1) - run_begin - 1
     # Integer keys meet integer queries, of 14 bits in two parts; turned keys are no integers any more.
@@ -103,9 +156,11 @@ def score_tiles(
     center_row = key_center + (sequence * num_kv + kv) * D
     if HAS_CENTER:
         center = tl.load(center_row + d, mask=d < D, other=0.0)
+        shift = tl.sum(turned * center[None, :], axis=1) * unit
     own_place = (tl.program_id(0) * num_kv + kv).to(tl.int64)
     own_weights = weights + own_place * num_tiles * BLOCK_T * ROWS + r[None, :]
     own_peaks = peaks + own_place * num_tiles * ROWS + r
+    own_shifts = shifts + own_place * num_tiles * ROWS + r
     page_row = pages + sequence * page_stride
     start = first_slot(page_row, page_size, tl.load(padding + sequence), begin, ONE_PAGE)
     head_keys = keys + kv.to(tl.int64) * key_head_stride
@@ -154,7 +209,9 @@ def score_tiles(
             back = _turned_back(wide, same_rows, cos_1, sin_1, tl.max(run, axis=0), d, is_token, HALF, INTERLEAVED)
             logits += tl.dot(back.to(dtype), tl.trans(turned.to(dtype)), input_precision=PRECISION)
         elif HAS_CENTER:
-            logits += (tl.sum(turned * center[None, :], axis=1) * unit)[None, :]
+            if HOW == BY_TILE:
+                shift = tl.load(own_shifts + tile * ROWS)
+            logits += shift[None, :]
 
         # Powers under the tile's own maximum: no tile waits for another.
         logits = tl.where(offset[:, None] < end[None, :], logits, float("-inf"))
