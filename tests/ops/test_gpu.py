@@ -141,10 +141,10 @@ def long_case(
     return Votes(paged(sequences, 16), sequences, queries, of, candidates, None, views, 0.2)
 
 
-@pytest.mark.parametrize("run_size", [64, 128, 32, 48, 20])
+@pytest.mark.parametrize("run_size", [64, 128, 48, 20])
 @pytest.mark.parametrize("blocks", [1, 5])
 def test_votes_of_runs_of_any_size(run_size: int, blocks: int) -> None:
-    check_votes(long_case(torch.float32, run_size, 400, blocks), atol=1e-7, rtol=1e-3)
+    check_votes(long_case(torch.float32, run_size, 260, blocks), atol=1e-7, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ATTENTION, ids=shapes)
@@ -272,10 +272,15 @@ KINDS: dict[str, Callable[[int], Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("count", "k"), [(1, 1), (7, 7), (1000, 1), (20_001, 2048), (20_001, 20_000)])
+@pytest.mark.parametrize(("count", "k"), [(1, 1), (7, 7), (1000, 1), (9001, 2048), (9001, 9000)])
 def test_topk_is_exact_and_prefers_the_lowest_index(kind: str, count: int, k: int) -> None:
     votes, start_loc = KINDS[kind](count), torch.tensor([0, count])
     assert torch.equal(ours.topk_tokens(votes, start_loc, k), reference.topk_tokens(votes, start_loc, k))
+
+
+def test_topk_of_many_votes() -> None:
+    votes, start_loc = torch.randint(0, 1 << 16, (40_000,)).float(), torch.tensor([0, 40_000])
+    assert torch.equal(ours.topk_tokens(votes, start_loc, 2048), reference.topk_tokens(votes, start_loc, 2048))
 
 
 def test_topk_of_a_ragged_batch() -> None:
@@ -351,6 +356,28 @@ def test_queries_of_no_block_get_zeros() -> None:
     made = case.run(ours)
     assert torch.equal(made[22:], torch.zeros(2, 6, 16))
     assert made.isfinite().all()
+
+
+# -- in PyTorch's compiler ---------------------------------------------------------------------------------------
+
+
+def test_the_operations_are_opaque_to_the_compiler() -> None:
+    case, options = long_case(torch.float32, length=300), {"fullgraph": True, "backend": "aot_eager"}
+    given = [moved(x) for x in (case.queries, case.cache.keys, case.cache.pages, case.of, case.candidates, case.views)]
+
+    def choose(scale: float) -> Tensor:
+        return gpu.topk_tokens(*gpu.score_tokens(*given, scale), 32) + 7
+
+    assert torch.equal(torch.compile(choose, **options)(0.2), choose(0.2))
+    block = block_case(1, 300)
+    bounds = torch.tensor([0, 1]), torch.tensor([0, 300])
+    parts = [moved(x) for x in (block.queries, block.cache.keys, block.cache.values, block.cos, block.sin)]
+    slots = moved(block.cache.pages.slots(0, torch.tensor(block.blocks[0][1])))
+
+    def attend(queries: Tensor) -> Tensor:
+        return gpu.sparse_attention(queries * 2, *parts[1:3], bounds[0], slots, bounds[1], *parts[3:], 0.125) + 1
+
+    torch.testing.assert_close(torch.compile(attend, **options)(parts[0]), attend(parts[0]))
 
 
 # -- what it needs ---------------------------------------------------------------------------------------------

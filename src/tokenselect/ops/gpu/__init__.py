@@ -66,6 +66,28 @@ def score_tokens(
     key_center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.reference.score_tokens`."""
+    if torch.compiler.is_compiling():
+        from tokenselect.ops.gpu import compiled
+
+        votes: tuple[Tensor, Tensor] = compiled.score_tokens(
+            queries,
+            keys,
+            pages.pages,
+            pages.page_size,
+            list(pages.padding),
+            sequences,
+            candidates,
+            [view.cos for view in distances],
+            [view.sin for view in distances],
+            [view.run_size for view in distances],
+            [view.run_start_loc for view in distances],
+            distances[0].interleaved,
+            scale,
+            context,
+            key_scales,
+            key_center,
+        )
+        return votes
     from tokenselect.ops.gpu.score import score_tokens as score
 
     return score(queries, keys, pages, sequences, candidates, distances, scale, context, key_scales, key_center)
@@ -73,6 +95,11 @@ def score_tokens(
 
 def topk_tokens(votes: Tensor, start_loc: Tensor, k: int) -> Tensor:
     """See `ops.reference.topk_tokens`."""
+    if torch.compiler.is_compiling():
+        from tokenselect.ops.gpu import compiled
+
+        chosen: Tensor = compiled.topk_tokens(votes, start_loc, k)
+        return chosen
     from tokenselect.ops.gpu.topk import topk_tokens as topk
 
     return topk(votes, start_loc, k)
@@ -94,6 +121,13 @@ def sparse_attention(
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """See `ops.reference.sparse_attention`."""
+    if torch.compiler.is_compiling():
+        from tokenselect.ops.gpu import compiled
+
+        rows = query_start_loc, slots, slot_start_loc
+        extras = interleaved, softcap, sink_logits
+        out: Tensor = compiled.sparse_attention(queries, keys, values, *rows, cos, sin, scale, *extras)
+        return out
     from tokenselect.ops.gpu.attention import sparse_attention as attend
 
     return attend(

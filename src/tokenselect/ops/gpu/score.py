@@ -228,8 +228,8 @@ class _Call:
         scales = self.keys if self.key_scales is None else self.key_scales
         center = self.queries if self.key_center is None else self.key_center
         dim, exact = self.queries.shape[2], self.keys.dtype == torch.float32
-        rotations = first.cos, first.sin, first.run_start_loc[own.start :]
-        rotations = *rotations, last.cos, last.sin, last.run_start_loc[own.start :]
+        runs, last_runs = first.run_start_loc[own.start :], last.run_start_loc[own.start :]
+        rotations = (first.cos, first.sin, runs, last.cos, last.sin, last_runs)
         sizes = {
             "D": dim, "DP": max(_LEAST_DEPTH, _power_of_2(dim)), "HALF": first.cos.shape[1], "GROUP": shape.group,
             "GROUP_PAD": shape.group_pad, "BLOCKS": shape.blocks, "BLOCK_T": block_t, "VIEWS": len(views),
