@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 LLAMA := .venv-llama
 DEMO_ARGS ?=
 
-.PHONY: demo test test-sanitize test-aarch64 lint bench report answers llama clean
+.PHONY: demo test test-gpu bench-gpu test-sanitize test-aarch64 lint bench report answers llama clean
 
 $(VENV)/.base: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,13 @@ $(VENV)/.package: $(VENV)/.base pyproject.toml setup.py $(wildcard csrc/*)
 
 demo: $(VENV)/.package $(VENV)/.data  ## find facts in documents twice as long as the model's window
 	HF_HUB_OFFLINE=1 $(BIN)/tokenselect demo $(DEMO_ARGS)
+
+# On the machine with the GPU, with the Python that has its PyTorch and Triton: nothing is installed or fetched.
+test-gpu:  ## the Triton kernels' tests on the GPU itself
+	PYTHONPATH=src $(PYTHON) -m pytest tests/ops/test_gpu.py
+
+bench-gpu:  ## attention of one layer on the GPU against the best dense kernel: about a minute and a half
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
 
 test: $(VENV)/.package $(VENV)/.data
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from tokenselect.ops import cpu, reference
+from tokenselect.ops import cpu, gpu, reference
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Backend(Protocol):
 
 
 # Fastest first: `auto` takes the first that can run.
-BACKENDS: dict[str, ModuleType] = {cpu.NAME: cpu, reference.NAME: reference}
+BACKENDS: dict[str, ModuleType] = {gpu.NAME: gpu, cpu.NAME: cpu, reference.NAME: reference}
 
 
 def find_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:

@@ -1,0 +1,281 @@
+"""Attention of one layer on a GPU, selection included, against the best dense kernel that PyTorch has.
+
+    python -m benchmarks.gpu
+
+A block of 512 prompt tokens and a decode step, for the shapes of Qwen2-7B and Llama-3-8B, k = 2,048; scoring is
+mixed, or at one distance where a phase is marked so. Every time is that of a captured CUDA graph, so no Python is in
+it; short contexts rotate over several caches, so that none is read from the L2 cache. Dense attention is given
+rotated keys; ours pools, scores, selects, gathers, rotates and attends. "int8" scores by an int8 copy of the keys
+that exists already. Before anything is timed, results are compared with the definition. Rows go to results/gpu.csv,
+the plot to results/gpu.png, and the last line printed is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.report import RESULTS, append_rows
+from tokenselect.config import TokenSelectConfig
+from tokenselect.ops import gpu, reference
+from tokenselect.ops.gpu import around
+from tokenselect.ops.paging import PageTable
+from tokenselect.rotary import RotaryTable
+from tokenselect.selection import Block, SelectionPlan, candidates_end, plan_selection
+
+LENGTHS = (2**15, 2**17, 2**19, 2**20)
+DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+CONFIG = TokenSelectConfig(num_selected_tokens=2048, num_dense_tokens=0)
+ONE_DISTANCE = CONFIG.replace(scoring="position_free")
+DEVICE = torch.device("cuda")
+COLD_BYTES = 250e6  # several times the L2 cache
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads of one layer."""
+
+    name: str
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int = 128
+
+
+SHAPES = (Shape("Qwen2-7B", 28, 4), Shape("Llama-3-8B", 32, 8))
+
+
+def measure(calls: list[Callable[[], object]], replays: int = 9) -> list[float]:
+    """Microseconds of one call, of `replays` replays of a graph that makes all calls a few times."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    rounds = max(1, 12 // len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / rounds / len(calls))
+    return sorted(times)
+
+
+class Layer:
+    """One layer's cache of one sequence, and what a forward pass does with it."""
+
+    def __init__(self, shape: Shape, length: int, own: int, table: RotaryTable) -> None:
+        self.shape, self.length, self.own, self.table = shape, length, own, table
+        size = (1, shape.num_kv_heads, length, shape.head_dim)
+        self.keys, self.values = (torch.randn(size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+        self.center = self.keys[:, :, :128].float().mean(2)
+        self.int8, self.scales = int8_copy(self.keys, self.center)
+        self.pages = PageTable(torch.zeros((1, 1), dtype=torch.int64, device=DEVICE), length, [0])
+        self.queries = torch.randn((own, shape.num_q_heads, shape.head_dim), device=DEVICE, dtype=torch.bfloat16)
+        self.block = Block(0, length - own, length, 0)
+        self.mixed = plan_selection([self.block], CONFIG, table, 28_672)
+        self.one_distance = plan_selection([self.block], ONE_DISTANCE, table, 28_672)
+        self.plan: SelectionPlan = self.mixed
+        self.scale = shape.head_dim**-0.5
+        self.last = self.slots(False)  # what a Selection Cache hit finds
+
+    def score(self, by_int8: bool, ops: object = gpu) -> tuple[Tensor, Tensor]:
+        """Votes, and where they begin."""
+        plan, table = self.plan, self.table
+        pooled = gpu.pool_queries(self.queries, plan.starts, plan.counts, table.cos, table.sin)
+        keys, scales, center = rows(self.keys), None, None
+        if by_int8:
+            keys, scales, center = rows(self.int8), self.scales[0].T, self.center
+        return ops.score_tokens(  # type: ignore[attr-defined, no-any-return]
+            pooled, keys, self.pages, plan.sequences, plan.candidates, plan.distances, self.scale, None, scales, center
+        )
+
+    def slots(self, by_int8: bool) -> tuple[Tensor, Tensor]:
+        """Rows of the cache that are attended, and where they begin."""
+        chosen = gpu.topk_tokens(*self.score(by_int8), CONFIG.num_selected_tokens)
+        window = candidates_end(self.block, CONFIG)
+        slots, bounds = around.attended_slots(chosen, self.pages, [0], [window], [self.length], CONFIG.num_sink_tokens)
+        return slots, torch.tensor(bounds)
+
+    def run(self, by_int8: bool, one_distance: bool) -> Tensor:
+        """All that a forward pass does in this layer's attention."""
+        self.plan = self.one_distance if one_distance else self.mixed
+        return self.attend(self.slots(by_int8))
+
+    def attend(self, slots: tuple[Tensor, Tensor], ops: object = gpu) -> Tensor:
+        """Sparse attention over chosen rows."""
+        start = torch.tensor([0, self.own])
+        return ops.sparse_attention(  # type: ignore[attr-defined, no-any-return]
+            self.queries, rows(self.keys), rows(self.values), start, *slots, self.table.cos, self.table.sin, self.scale
+        )
+
+    def hit(self) -> Tensor:
+        """A decode step whose query is like that of the last selection: the test, and attention."""
+        around.least_cosine(self.queries, self.queries, self.shape.num_kv_heads)
+        return self.attend(self.last)
+
+    def dense(self) -> Tensor:
+        """Attention over everything, as dense kernels want it."""
+        query = self.queries.transpose(0, 1)[None]
+        return scaled_dot_product_attention(query, self.keys, self.values, enable_gqa=True)
+
+
+def int8_copy(keys: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers [1, Hkv, T, D] and their scales [1, Hkv, T], as the cache keeps them."""
+    made, scales = gpu.quantize_rows(rows(keys), center[0])
+    return made.transpose(0, 1)[None].contiguous(), scales.T[None].contiguous()
+
+
+def rows(buffer: Tensor) -> Tensor:
+    """[1, Hkv, T, D] as rows of a cache [T, Hkv, D]."""
+    return buffer[0].transpose(0, 1)
+
+
+def rotary_table() -> RotaryTable:
+    frequencies = 1e6 ** -(torch.arange(64, device=DEVICE) / 64)
+    angles = torch.arange(CONFIG.budget + 1, device=DEVICE)[:, None] * frequencies
+    return RotaryTable(angles.cos(), angles.sin(), False, 1.0)
+
+
+def check(layer: Layer) -> None:
+    """Votes, choice and output against the definition, before anything is timed."""
+    votes, start_loc = layer.score(False)
+    expected, _ = layer.score(False, reference)
+    assert relative_error(votes, expected) < 5e-3
+    assert relative_error(layer.score(True)[0], expected) < 2e-2
+    chosen = gpu.topk_tokens(votes, start_loc, 2048)
+    assert torch.equal(chosen, reference.topk_tokens(votes, start_loc, 2048))
+    assert relative_error(layer.attend(layer.last), layer.attend(layer.last, reference)) < 1e-2
+
+
+def relative_error(made: Tensor, expected: Tensor) -> float:
+    return float((made.float() - expected.float()).norm() / expected.float().norm())
+
+
+def cost_card() -> None:
+    """What must be moved and computed at the least, before anything is run."""
+    print("shape, tokens: MB of keys (bf16), MB of keys and values; block of 512: dense TFLOP, ours GFLOP (attention)")
+    attended = CONFIG.dense_limit + 512
+    for shape in SHAPES:
+        for length in LENGTHS:
+            keys = length * shape.num_kv_heads * shape.head_dim * 2 / 1e6
+            per_key = 4 * 512 * shape.num_q_heads * shape.head_dim
+            print(f"{shape.name:>11} {length:>8}: {keys:7.0f} {2 * keys:7.0f}; {per_key * length / 1e12:6.2f} ", end="")
+            print(f"{per_key * attended / 1e9:5.1f}")
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a large copy, bytes read and written."""
+    source = torch.randn(2**29, device=DEVICE).to(torch.bfloat16)
+    target = torch.empty_like(source)
+    return 4 * source.numel() / statistics.median(measure([lambda: target.copy_(source)])) / 1e3
+
+
+def phases(layers: list[Layer], own: int) -> Iterator[tuple[str, list[Callable[[], object]]]]:
+    """Everything that is timed at one length."""
+    kind = "step" if own == 1 else "block"
+    for name, by_int8 in (("bf16", False), ("int8", True)):
+        for scoring, one in (("", False), (", one distance", True)):
+            yield f"{kind} {name}{scoring}", [partial(layer.run, by_int8, one) for layer in layers]
+            if own == 1:
+                yield f"score {name}{scoring}", [partial(layer.score, by_int8) for layer in layers]
+    if own == 1:
+        votes = layers[0].score(False)
+        yield "topk", [lambda: gpu.topk_tokens(*votes, CONFIG.num_selected_tokens)]
+        yield "step hit", [layer.hit for layer in layers]
+
+
+def run(shape: Shape, length: int, own: int, table: RotaryTable) -> dict[str, list[float]]:
+    cold = max(1, int(COLD_BYTES / (length * shape.num_kv_heads * shape.head_dim * 4)))
+    layers = [Layer(shape, length, own, table) for _ in range(min(8, cold))]
+    if length == LENGTHS[0]:
+        check(layers[0])
+    times = {name: measure(calls) for name, calls in phases(layers, own)}
+    for name, backend in DENSE.items():
+        with sdpa_kernel(backend):
+            times[f"dense {name}"] = measure([layer.dense for layer in layers], replays=3 if own > 1 else 9)
+    return times
+
+
+def main() -> None:
+    """Run everything and write it down."""
+    cost_card()
+    torch.manual_seed(0)
+    table, copied = rotary_table(), copy_bandwidth()
+    found: list[dict[str, object]] = [
+        {"shape": "", "length": 0, "phase": "copy", "p50_us": "", "gb_per_s": round(copied)}
+    ]
+    for shape in SHAPES:
+        for own in (512, 1):
+            for length in LENGTHS:
+                times = run(shape, length, own, table)
+                found += list(rows_of(shape, length, own, times, copied))
+                torch.cuda.empty_cache()
+    columns = ("shape", "length", "phase", "p20_us", "p50_us", "p80_us", "against_dense", "gb_per_s", "of_copy")
+    table_rows = [{name: row.get(name, "") for name in columns} for row in found]
+    append_rows("gpu", table_rows, DEVICE)
+    plot(table_rows)
+    print(json.dumps({"copy_gb_per_s": round(copied), "ratios": summary(table_rows)}))
+
+
+def rows_of(
+    shape: Shape, length: int, own: int, times: dict[str, list[float]], copied: float
+) -> Iterator[dict[str, object]]:
+    best = min(statistics.median(times[f"dense {name}"]) for name in DENSE)
+    key_bytes = length * shape.num_kv_heads * shape.head_dim
+    for phase, runs in times.items():
+        kind = phase if not phase.startswith("dense") else f"{'step' if own == 1 else 'block'} {phase}"
+        middle = statistics.median(runs)
+        row: dict[str, object] = {"shape": shape.name, "length": length, "phase": kind, "p50_us": round(middle, 1)}
+        row |= {"p20_us": round(runs[len(runs) // 5], 1), "p80_us": round(runs[len(runs) * 4 // 5], 1)}
+        if phase.startswith(("block", "step")):
+            row["against_dense"] = round(best / middle, 2)
+        if phase.startswith("score"):
+            speed = key_bytes * (2 if "bf16" in phase else 1) / middle / 1e3
+            row |= {"gb_per_s": round(speed), "of_copy": round(speed / copied, 2)}
+        print(f"{shape.name:>11} {length:>8} {kind:<24} {middle:9.1f} us  {row.get('against_dense', '')}", flush=True)
+        yield row
+
+
+def summary(found: list[dict[str, object]]) -> dict[str, object]:
+    keep = [row for row in found if row["against_dense"] != "" or row["of_copy"] != ""]
+    return {f"{r['shape']} {r['length']} {r['phase']}": r["against_dense"] or r["of_copy"] for r in keep}
+
+
+def plot(found: list[dict[str, object]]) -> None:
+    """How many times faster than the best dense kernel, by length."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(SHAPES), figsize=(11, 4), sharey=True)
+    for axis, shape in zip(axes, SHAPES, strict=True):
+        for phase in ("block bf16", "block int8", "step bf16", "step int8", "step hit"):
+            points = [r for r in found if r["shape"] == shape.name and r["phase"] == phase]
+            axis.plot([r["length"] for r in points], [r["against_dense"] for r in points], marker="o", label=phase)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", title=f"{shape.name}, {torch.cuda.get_device_name()}", xlabel="tokens")
+        axis.set_xticks(LENGTHS, [f"{n // 1024}K" for n in LENGTHS])
+    axes[0].set_ylabel("times faster than the best dense kernel")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(RESULTS / "gpu.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

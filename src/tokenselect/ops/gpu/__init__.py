@@ -1,0 +1,146 @@
+"""The operations in Triton for NVIDIA and AMD GPUs. Results are those of `ops.reference` up to rounding.
+
+Triton is imported with the first call, so that this package imports on a machine without it. Inside `torch.compile`
+every operation is one opaque node.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokenselect.ops.paging import PageTable
+from tokenselect.ops.reference import Distances
+
+NAME = "gpu"
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST = (8, 0)
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this backend cannot run there; None: it can."""
+    if device.type != "cuda":
+        return f"it runs on NVIDIA and AMD GPUs, not on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install tokenselect[gpu]"
+    if dtype not in _DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {dtype}"
+    if not 0 < head_dim <= 256:
+        return f"it takes head sizes up to 256, not {head_dim}"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < _OLDEST:
+        return f"it needs compute capability 8.0 (Ampere) or later, not {capability[0]}.{capability[1]}"
+    return None
+
+
+def pool_queries(
+    queries: Tensor, starts: Tensor, counts: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> Tensor:
+    """See `ops.reference.pool_queries`."""
+    from tokenselect.ops.gpu.around import pool_queries as pool
+
+    return pool(queries, starts, counts, cos, sin, interleaved)
+
+
+def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `ops.reference.quantize_rows`."""
+    from tokenselect.ops.gpu.around import quantize_rows as quantize
+
+    return quantize(rows, center)
+
+
+def score_tokens(
+    queries: Tensor,
+    keys: Tensor,
+    pages: PageTable,
+    sequences: Tensor,
+    candidates: Tensor,
+    distances: Sequence[Distances],
+    scale: float,
+    context: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    key_center: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.reference.score_tokens`."""
+    if torch.compiler.is_compiling():
+        from tokenselect.ops.gpu import compiled
+
+        votes: tuple[Tensor, Tensor] = compiled.score_tokens(
+            queries,
+            keys,
+            pages.pages,
+            pages.page_size,
+            list(pages.padding),
+            sequences,
+            candidates,
+            [view.cos for view in distances],
+            [view.sin for view in distances],
+            [view.run_size for view in distances],
+            [view.run_start_loc for view in distances],
+            distances[0].interleaved,
+            scale,
+            context,
+            key_scales,
+            key_center,
+        )
+        return votes
+    from tokenselect.ops.gpu.score import score_tokens as score
+
+    return score(queries, keys, pages, sequences, candidates, distances, scale, context, key_scales, key_center)
+
+
+def topk_tokens(votes: Tensor, start_loc: Tensor, k: int) -> Tensor:
+    """See `ops.reference.topk_tokens`."""
+    if torch.compiler.is_compiling():
+        from tokenselect.ops.gpu import compiled
+
+        chosen: Tensor = compiled.topk_tokens(votes, start_loc, k)
+        return chosen
+    from tokenselect.ops.gpu.topk import topk_tokens as topk
+
+    return topk(votes, start_loc, k)
+
+
+def sparse_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_start_loc: Tensor,
+    slots: Tensor,
+    slot_start_loc: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    *,
+    interleaved: bool = False,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """See `ops.reference.sparse_attention`."""
+    if torch.compiler.is_compiling():
+        from tokenselect.ops.gpu import compiled
+
+        rows = query_start_loc, slots, slot_start_loc
+        extras = interleaved, softcap, sink_logits
+        out: Tensor = compiled.sparse_attention(queries, keys, values, *rows, cos, sin, scale, *extras)
+        return out
+    from tokenselect.ops.gpu.attention import sparse_attention as attend
+
+    return attend(
+        queries,
+        keys,
+        values,
+        query_start_loc,
+        slots,
+        slot_start_loc,
+        cos,
+        sin,
+        scale,
+        interleaved=interleaved,
+        softcap=softcap,
+        sink_logits=sink_logits,
+    )
