@@ -207,7 +207,31 @@ def test_wrong_arguments_of_the_other_operations_are_named(sentence: str, call: 
     assert str(error.value) == sentence
 
 
+def pool(starts: tuple[int, ...] = (0, 4), counts: tuple[int, ...] = (4, 2), **given: Tensor) -> Tensor:
+    arguments = {"queries": torch.rand(9, 2, 16), "cos": torch.rand(4, 8), "sin": torch.rand(4, 8), **given}
+    return cpu.pool_queries(starts=torch.tensor(starts), counts=torch.tensor(counts), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "call"),
+    [
+        ("counts must be between 1 and 1, got 2", lambda: pool(starts=(0, 8))),
+        ("starts must be between 0 and 9, got -1", lambda: pool(starts=(-1, 4))),
+        ("counts must be between 1 and 9, got 0", lambda: pool(counts=(0, 2))),
+        ("counts must be between 1 and 4, got 5", lambda: pool(counts=(5, 2))),
+        ("counts must be of shape [2], got [1]", lambda: pool(counts=(4,))),
+        ("sin must be of shape [4, 8], got [2, 8]", lambda: pool(sin=torch.rand(2, 8))),
+        ("queries must be of shape [*, *, *], got [9, 16]", lambda: pool(queries=torch.rand(9, 16))),
+    ],
+)
+def test_wrong_arguments_of_pooling_are_named(sentence: str, call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match="must be") as error:
+        call()
+    assert str(error.value) == sentence
+
+
 def test_right_arguments_pass() -> None:
+    assert pool().shape == (2, 2, 16)
     assert attend().shape == (22, 6, 16)
     assert score()[1].tolist() == [0, 27, 47, 68, 118]
     nothing = torch.empty(0, dtype=torch.int64)
