@@ -9,6 +9,7 @@ namespace tokenselect::TS_ISA {
 namespace {
 
 constexpr int64_t kChunk = 512;                   // keys whose logits are made at once
+constexpr int64_t kKeysAhead = 4 * W;             // of the next chunk, whose memory this one asks for
 constexpr int64_t kBlocksAtOnce = 16;             // blocks that share a read of the keys
 constexpr int64_t kMostWeights = int64_t(32) << 20;  // bytes of exponentials kept between the passes
 constexpr int64_t kEndless = int64_t(1) << 60;
@@ -119,11 +120,12 @@ template <class Key>
 void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
   const ScoreArgs& a = g.a;
   const int64_t from = g.begin + chunk * kChunk, to = from + kChunk < g.end ? from + kChunk : g.end;
-  int64_t slots[kChunk];
-  const char* keys[kChunk];
+  const int64_t known = to + kKeysAhead < g.end ? kChunk + kKeysAhead : g.end - from;
+  int64_t slots[kChunk + kKeysAhead];
+  const char* keys[kChunk + kKeysAhead];
   float key_scales[kChunk + W];
-  rows_of(a.pages, a.sequences[g.first_block], from, to, slots);
-  for (int64_t i = 0; i < to - from; i++)
+  rows_of(a.pages, a.sequences[g.first_block], from, from + known, slots);
+  for (int64_t i = 0; i < known; i++)
     keys[i] = (const char*)a.keys.data + (slots[i] * a.keys.row_stride + kv_head * a.keys.head_stride) * Key::size;
   if (Key::size == 1) {
     const float* scales = (const float*)a.key_scales.data + kv_head * a.key_scales.head_stride;
@@ -152,7 +154,7 @@ void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
     const bool spare = (place + n + W - 1) / W * W > kChunk || place % W;
     float* out = spare ? (float*)scratch(4, g.head_rows * (kChunk + W) * sizeof(float)) : logits + place;
     const int64_t ld = spare ? kChunk + W : kChunk;
-    dot_tiles<Key>(keys + place, n, tiles, packed, g.head_rows, a.head_dim, units, shifts,
+    dot_tiles<Key>(keys + place, n, known - place, tiles, packed, g.head_rows, a.head_dim, units, shifts,
                    Key::size == 1 ? key_scales + place : nullptr, out, ld);
     if (spare)
       for (int64_t r = 0; r < g.head_rows; r++)
@@ -218,7 +220,11 @@ void score_group(Group& g) {
   float* factors = (float*)(g.stats + g.rows * g.chunks);
   g.weights = scratch(1, g.rows * g.length * (Key::size == 4 ? 4 : 2));
   auto score = [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; i++) score_chunk<Key>(g, i % a.num_kv_heads, i / a.num_kv_heads);
+    // Where heads lie apart, a thread stays with one: memory is read as one stream.
+    const bool apart = a.keys.head_stride > a.keys.row_stride;
+    for (int64_t i = from; i < to; i++)
+      if (apart) score_chunk<Key>(g, i / g.chunks, i % g.chunks);
+      else score_chunk<Key>(g, i % a.num_kv_heads, i / a.num_kv_heads);
   };
   parallel_for(g.chunks * a.num_kv_heads, 1, score);
   finish_stats(g, factors);

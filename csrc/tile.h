@@ -247,21 +247,21 @@ void multiply_all(const vu* tiles, const char* queries, int64_t rows, int64_t di
 
 // While a tile is computed, those after the next come from memory.
 template <class Key>
-TS_INLINE void fetch_ahead(const char* const* keys, int64_t i, int64_t n, int64_t dim) {
-  const int64_t first = i + kTilesAhead * W, last = first + 2 * W < n ? first + 2 * W : n;
+TS_INLINE void fetch_ahead(const char* const* keys, int64_t i, int64_t known, int64_t dim) {
+  const int64_t first = i + kTilesAhead * W, last = first + 2 * W < known ? first + 2 * W : known;
   for (int64_t k = first; k < last; k++)
     for (int64_t at = 0; at < dim * Key::size; at += 64) __builtin_prefetch(keys[k] + at);
 }
 
 // Logits [rows, n] (stride `ld`, written in whole vectors) of packed queries against `n` keys. `tiles` is room for two;
-// `key_scales`, if given, may be read to a whole vector.
+// `key_scales`, if given, may be read to a whole vector. `known` keys, n at least, are those that will be asked for next.
 template <class Key>
-void dot_tiles(const char* const* keys, int64_t n, vu* tiles, const char* queries, int64_t rows, int64_t dim,
+void dot_tiles(const char* const* keys, int64_t n, int64_t known, vu* tiles, const char* queries, int64_t rows, int64_t dim,
                const float* units, const float* shifts, const float* key_scales, float* out, int64_t ld) {
   const char* some[W];
   const int64_t size = tile_size<Key>(dim);
   for (int64_t i = 0; i < n;) {
-    fetch_ahead<Key>(keys, i, n, dim);
+    fetch_ahead<Key>(keys, i, known, dim);
     const int together = i + W < n && rows <= kRowsAtOnce / 2 ? 2 : 1;  // few rows alone would wait for their own sums
     for (int t = 0; t < together; t++) {
       const int64_t first = i + t * W;
