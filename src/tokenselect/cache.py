@@ -28,6 +28,7 @@ class Owner:
     center_tokens: int = 0  # first tokens whose mean the copy is counted from; a sequence that selects has more
     plan: Any = None  # of the forward pass that runs; see integrations.transformers
     reserve: int = 0  # tokens that are known to come
+    traced: bool = False  # whether layers run as traced programs in the forward pass that runs
 
 
 @dataclass(slots=True)
@@ -48,6 +49,7 @@ class _Int8Copy:
     scales: Tensor  # [B, Hkv, capacity]
     center: Tensor  # [B, Hkv, D]
     lengths: list[int]  # tokens copied of each sequence, padding included
+    padding: list[int] = field(default_factory=list)
 
     @classmethod
     def like(cls, keys: Tensor) -> _Int8Copy:
@@ -63,6 +65,8 @@ class _Int8Copy:
         The center of a sequence is the mean of its first tokens, always of the same ones: so neither chunks nor
         other sequences change what is selected.
         """
+        if padding != self.padding:
+            self.lengths, self.padding = [0] * len(padding), padding
         for i, (pad, own) in enumerate(zip(padding, keys, strict=True)):
             first = pad + owner.center_tokens
             if length < first or self.lengths[i] == length:
@@ -75,6 +79,12 @@ class _Int8Copy:
             integers, scales = owner.quantize(own[:, new].transpose(0, 1), self.center[i])
             self.integers[i, :, new], self.scales[i, :, new] = integers.transpose(0, 1), scales.T
             self.lengths[i] = length
+
+    def take(self, rows: Tensor) -> _Int8Copy:
+        """The copies of some of the sequences."""
+        chosen = rows.tolist()
+        lengths, padding = ([part[row] for row in chosen] for part in (self.lengths, self.padding))
+        return _Int8Copy(self.integers[rows], self.scales[rows], self.center[rows], lengths, padding)
 
 
 class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -241,7 +251,8 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         rows = rows.to(self.device)
         own.keys = _taken(own.keys, rows, own.length)
         own.values = _taken(own.values, rows, own.length)
-        own.pages = own.copy = None
+        own.pages = None
+        own.copy = own.copy and own.copy.take(rows)
         own.states = [copy.copy(own.states[row]) for row in rows.tolist()]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 
 import torch
 from torch import Tensor, nn
 
 _HUGE_PAGE = 2 << 20
-_PAGE = 4096
 _MADV_HUGEPAGE = 14
 
 
@@ -28,8 +28,8 @@ def advise_huge_pages(tensor: Tensor) -> Tensor:
     """
     size = tensor.numel() * tensor.element_size()
     if sys.platform == "linux" and tensor.device.type == "cpu" and size >= 2 * _HUGE_PAGE:
-        start = -(-tensor.data_ptr() // _PAGE) * _PAGE
-        length = (tensor.data_ptr() + size - start) // _PAGE * _PAGE
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (tensor.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
     return tensor
 
@@ -40,7 +40,8 @@ def pack_weights(model: nn.Module) -> None:
 
     A decode step reads every weight once, and as fast as memory can be read; most of them are smaller than a huge page.
     """
-    weights = [weight for weight in model.parameters() if weight.device.type == "cpu" and weight.is_contiguous()]
+    plain = [weight for weight in model.parameters() if type(weight.data) is Tensor]  # quantised ones are not
+    weights = [weight for weight in plain if weight.device.type == "cpu" and weight.is_contiguous()]
     for dtype in {weight.dtype for weight in weights}:
         own = [weight for weight in weights if weight.dtype == dtype]
         room = advise_huge_pages(torch.empty(sum(_padded(weight) for weight in own), dtype=dtype))

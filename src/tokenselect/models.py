@@ -126,9 +126,9 @@ def _load(source: _Source, dtype: str, device: str) -> LoadedModel:
         model = _read_weights(source, config, _pick_dtype(dtype, config, source, torch.device(device)))
     try:
         model.to(torch.device(device))
+        pack_weights(model)
     except RuntimeError as error:  # not enough memory, above all
         raise ModelError(f"{source.name} cannot be put on {device}: {first_line(error)}") from error
-    pack_weights(model)
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, source.name, window)
 
 

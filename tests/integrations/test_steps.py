@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -118,6 +120,74 @@ def test_hooks_inside_a_layer_still_run(llama: PreTrainedModel) -> None:
         handle.remove()
     assert len(seen) >= 4
     assert len(programs(steps)) == 1
+
+
+def test_hooks_that_come_later_run_too(llama: PreTrainedModel) -> None:
+    cache, seen = DynamicCache(config=llama.config), []
+    with TokenSelect(llama, NARROW), torch.no_grad():
+        llama(prompt(50), past_key_values=cache)
+        llama(torch.tensor([[5]]), past_key_values=cache)
+        handle = llama.model.layers[1].mlp.register_forward_hook(lambda *args: seen.append(1))
+        llama(torch.tensor([[6]]), past_key_values=cache)
+        handle.remove()
+        llama(torch.tensor([[7]]), past_key_values=cache)
+    assert seen == [1]
+
+
+def test_a_method_that_a_user_has_replaced_is_that_layers_own(llama: PreTrainedModel) -> None:
+    mlp, before = llama.model.layers[1].mlp, steps_of(llama, NARROW)[0]
+    mlp.forward = lambda x: 0 * x
+    try:
+        without, steps = steps_of(llama, NARROW)
+        assert mlp.forward(torch.ones(1)) == 0
+    finally:
+        del mlp.forward
+    assert len(steps._traced) == 2
+    assert (without - before).abs().max() > 1e-3
+
+
+def test_embeddings_that_lie_apart_and_of_another_type(llama: PreTrainedModel) -> None:
+    config = NARROW.replace(prefill_chunk_size=16)
+    embeds = llama.model.embed_tokens(prompt(90, 2)).detach()
+    with TokenSelect(llama, config), torch.no_grad():
+        made = llama(inputs_embeds=embeds).logits
+    assert made.shape[:2] == (2, 90)
+    with TokenSelect(llama, config), torch.no_grad():
+        torch.testing.assert_close(made, llama(prompt(90, 2)).logits, atol=LOGITS, rtol=0)
+
+
+def test_a_head_outside_of_the_decoder_can_learn(llama: PreTrainedModel) -> None:
+    llama.lm_head.weight.requires_grad_(True)
+    with TokenSelect(llama, NARROW):
+        llama(prompt(5)).logits.sum().backward()
+    assert llama.lm_head.weight.grad is not None
+    llama.zero_grad()
+
+
+def test_values_of_other_arguments_are_not_baked_in() -> None:
+    class Odd(torch.nn.Module):
+        def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+            return x * int(kwargs["position_ids"])
+
+    steps, layer, x = Steps((torch.ones(1), torch.zeros(1)), cpu), Odd(), torch.ones(1, 1, 16)
+    assert steps.find(0, layer, layer.forward, x, {"position_ids": torch.tensor([[7]])}) is None
+
+
+def test_threads_with_models_of_their_own() -> None:
+    models = [build(LlamaConfig(**WIDE_ROWS)) for _ in range(3)]
+    expected = generate_with(models[0])
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(generate_with, models * 2))
+    assert all(torch.equal(expected, other) for other in made)
+    assert torch.nn.Module.__call__.__qualname__.startswith("Module.")
+
+
+_BUSY = {}
+
+
+def generate_with(model: PreTrainedModel) -> Tensor:
+    with _BUSY.setdefault(id(model), Lock()), TokenSelect(model, NARROW):
+        return generate(model, prompt(50), 8)
 
 
 def test_hidden_states_can_be_asked_for(llama: PreTrainedModel) -> None:

@@ -79,7 +79,12 @@ def _norm_around(rsqrt: fx.Node, known: dict[fx.Node, Tensor]) -> tuple[fx.Node,
     end = _only_user(narrow, _aten.mul.Tensor)
     weight = end and next((part for part in end.args if part in known), None)
     x = wide.args[0] if wide.target is _aten._to_copy.default else wide
-    if not weight or not _looks_like(x, end) or known[weight].shape != x.meta["val"].shape[-1:]:
+    if (
+        not weight
+        or not x.meta["val"].is_contiguous()
+        or not _looks_like(x, end)
+        or known[weight].shape != x.meta["val"].shape[-1:]
+    ):
         return None
     return (end, x, weight, add.args[1]) if known[weight].dtype == x.meta["val"].dtype else None
 

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tokenselect.integrations.rewrites import constants, fuse_norms, join_linears, leave_out_rotation
-from tokenselect.integrations.undo import override
+from tokenselect.integrations.undo import override, own_of
 
 _log = logging.getLogger(__name__)
 _ATTENTION = "attend(Tensor query, Tensor key, Tensor value, float scale, float softcap, Tensor? sinks) -> Tensor"
@@ -52,11 +53,27 @@ class Program:
     run: Callable[..., Any]
     inputs: tuple[str | Tensor, ...]
 
-    def bind(self, layer: nn.Module) -> Callable[[Tensor, Any], Any]:
+    def bind(self, layer: nn.Module) -> Bound:
         """The program with the weights of a layer."""
         own = _tensors_of(layer)
-        run, inputs = self.run, [own[name] if isinstance(name, str) else name for name in self.inputs]
-        return lambda hidden, cache_layer: run(hidden, cache_layer, *inputs)
+        inputs = tuple(own[name] if isinstance(name, str) else name for name in self.inputs)
+        return Bound(self.run, inputs, _hooks_within(layer))
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A layer's own program."""
+
+    run: Callable[..., Any]
+    inputs: tuple[Tensor, ...]
+    hooks: tuple[dict[int, Any], ...]  # of the modules within the layer: while there are any, they must run
+
+    def __call__(self, hidden: Tensor, cache_layer: Any) -> Any:
+        return self.run(hidden, cache_layer, *self.inputs)
+
+
+# `make_fx` patches modules for the whole process while it records: one thread at a time.
+_RECORDING = Lock()
 
 
 @dataclass(slots=True)
@@ -70,23 +87,26 @@ class Steps:
 
     identity: tuple[Tensor, Tensor]
     ops: Any
-    _bound: dict[Any, Callable[[Tensor, Any], Any] | None] = field(default_factory=dict)
+    _bound: dict[Any, Bound | None] = field(default_factory=dict)
     _traced: dict[Any, Program | None] = field(default_factory=dict)
 
     def find(
         self, index: int, layer: nn.Module, forward: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]
-    ) -> Callable[[Tensor, Any], Any] | None:
-        """What runs layer `index` on `hidden` [B, T, hidden_size]; None: the layer must run itself."""
-        flags = tuple((name, value) for name, value in kwargs.items() if isinstance(value, bool | int | float | str))
-        key = (index, hidden.shape, flags)
-        if key not in self._bound:
-            self._bound[key] = self._trace(index, layer, forward, hidden, kwargs, flags)
-        return self._bound[key]
+    ) -> Bound | None:
+        """What runs layer `index` on contiguous `hidden` [B, T, hidden_size]; None: the layer must run itself."""
+        flags = tuple((name, value if isinstance(value, _PLAIN) else type(value)) for name, value in kwargs.items())
+        form = (_form(hidden), flags)
+        try:
+            bound = self._bound[index, form]
+        except KeyError:
+            with _RECORDING:
+                bound = self._bound[index, form] = self._trace(index, layer, forward, hidden, kwargs, form)
+        return None if bound is None or any(bound.hooks) else bound
 
-    def forget(self) -> None:
-        """Trace anew: layers may have been changed."""
-        self._bound.clear()
-        self._traced.clear()
+    def forget_weights(self) -> None:
+        """Look at the layers anew: they may have been changed. What was recorded of layers like them stays."""
+        with _RECORDING:
+            self._bound.clear()
 
     def _trace(
         self,
@@ -95,19 +115,23 @@ class Steps:
         forward: Callable[..., Any],
         hidden: Tensor,
         kwargs: dict[str, Any],
-        flags: tuple[Any, ...],
-    ) -> Callable[[Tensor, Any], Any] | None:
-        kind = (hidden.shape, flags, *_signature(layer))
-        try:
-            _refuse_hooks(layer)
-            if kind not in self._traced:
-                self._traced[kind] = None  # and stays so if it fails
-                self._traced[kind] = _trace_layer(index, layer, forward, hidden, kwargs, self.identity, self.ops)
-        except Exception as error:  # host code may fail in any way when it is traced
-            _log.info("layer %d runs its own Python: %s", index, error)
+        form: tuple[Any, ...],
+    ) -> Bound | None:
+        if any(_hooks_within(layer)):
+            _log.info("layer %d runs its own Python: modules within it have hooks", index)
             return None
+        kind = (form, *_signature(layer))
+        if kind not in self._traced:
+            self._traced[kind] = None  # and stays so if it fails
+            try:
+                self._traced[kind] = _trace_layer(index, layer, forward, hidden, kwargs, self.identity, self.ops)
+            except Exception as error:  # host code may fail in any way when it is traced
+                _log.info("layer %d runs its own Python: %s", index, error)
         program = self._traced[kind]
         return None if program is None else program.bind(layer)
+
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 class _Recording:
@@ -152,7 +176,13 @@ def _trace_layer(
     """
     cache = {name: _Recording(index) for name in ("past_key_values", "layer_past") if kwargs.get(name) is not None}
     given = {**kwargs, **cache}
-    module = make_fx(lambda x: forward(x, **given), tracing_mode="fake", _allow_non_fake_inputs=True)(hidden)
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+
+    def call(x: Tensor, *rest: Tensor) -> Any:
+        return forward(x, **{**given, **dict(zip(tensors, rest, strict=True))})
+
+    module = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(hidden, *tensors.values())
+    _refuse_others(module.graph)
     graph = module.graph
     leave_out_rotation(graph, module, identity)
     fuse_norms(graph, module, ops)
@@ -164,27 +194,50 @@ def _trace_layer(
     return Program(fx.GraphModule(nn.Module(), graph).forward, inputs)
 
 
-def _refuse_hooks(layer: nn.Module) -> None:
-    """The layer's own hooks run around its forward; those within it would be lost."""
-    for name, module in layer.named_modules():
-        if name and (module._forward_hooks or module._forward_pre_hooks):
-            raise CannotTrace(f"{name} has hooks")
+def _refuse_others(graph: fx.Graph) -> None:
+    """Of its tensor arguments a program gets the hidden states alone."""
+    for node in [node for node in graph.nodes if node.op == "placeholder"][1:]:
+        if node.users:
+            raise CannotTrace(f"it uses {node.name} beside the hidden states")
+        graph.erase_node(node)
+
+
+def _hooks_within(layer: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Hooks of the modules within a layer, which its program would not run; its own run around its forward."""
+    inside = [module for name, module in layer.named_modules() if name]
+    return tuple(hooks for module in inside for hooks in (module._forward_hooks, module._forward_pre_hooks))
 
 
 def _tensors_of(layer: nn.Module) -> dict[str, Tensor]:
     return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
 
 
+class _Same:
+    """Compares an object by identity, and keeps it alive so that no other one takes its place."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 def _signature(layer: nn.Module) -> Iterator[Any]:
     """Everything that tracing bakes in: two layers that agree here share a program."""
-    internal = nn.Module().__dict__.keys() | {"forward", "layer_idx", "_is_hf_initialized"}
+    internal = nn.Module().__dict__.keys() - {"training"} | {"forward", "layer_idx", "_is_hf_initialized"}
     for name, module in layer.named_modules():
         plain = tuple(
-            (key, value if isinstance(value, bool | int | float | str | None) else id(value))
+            (key, value if isinstance(value, _PLAIN) else _Same(value))
             for key, value in module.__dict__.items()
             if key not in internal
         )
-        yield name, type(module), plain, tuple(_form(part) for part in module.parameters(recurse=False))
+        yield name, type(module), plain, _Same(own_of(module, "forward"))
+        yield tuple(_form(part) for part in module.parameters(recurse=False))
         yield tuple(_form(part) for part in module.buffers(recurse=False))
 
 
@@ -236,6 +289,7 @@ def quicken_linears(stack: ExitStack, model: nn.Module, ops: Any) -> None:
 
 def _linear(linear: Callable[..., Tensor], module: nn.Linear, original: Callable[..., Tensor], x: Tensor) -> Tensor:
     few = x.numel() <= _FEW_ROWS * x.shape[-1] and x.dtype == module.weight.dtype
-    if few and not torch.is_autocast_enabled(x.device.type):
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad)
+    if few and not wants_gradient and not torch.is_autocast_enabled(x.device.type):
         return linear(x, module.weight, module.bias)
     return original(x)

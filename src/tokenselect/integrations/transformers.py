@@ -77,7 +77,6 @@ class TokenSelect:
         self.max_distance = self.config.max_distance or max(1, self.host.trained_window * 7 // 8)
         self._owners: WeakSet[Owner] = WeakSet()
         self._stack = ExitStack()
-        self._is_traced = False  # the forward pass that runs
 
     def __enter__(self) -> TokenSelect:
         if self.host.decoder in _ENABLED:
@@ -146,14 +145,14 @@ class TokenSelect:
         kwargs.update(past_key_values=cache, use_cache=True)
         owner.reserve = past + length + self.config.block_size
         if length > 1:
-            self._steps.forget()  # layers may have been changed since the last prompt
+            self._steps.forget_weights()
         outputs = []
         chunks = self._chunks(past, past + length)
         shapes = Counter(end - start for start, end in chunks)
         try:
             for start, end in chunks:
                 is_frequent = length == 1 or shapes[end - start] >= _WORTH_TRACING
-                self._is_traced = is_frequent and not torch.is_autocast_enabled(inputs.device.type)
+                owner.traced = is_frequent and not torch.is_autocast_enabled(inputs.device.type)
                 owner.plan = self._plan(padding, start, end, past + length)
                 outputs.append(original(**_slice_inputs(kwargs, past, start, end)))
                 if self.on_prefill and length > 1:
@@ -184,10 +183,12 @@ class TokenSelect:
 
     def _layer(self, index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A decoder layer's forward; passes of a shape that comes often take its traced program."""
-        if self._is_traced and len(args) == 1 and kwargs.get("attention_mask") is None:
-            cache: Any = kwargs.get("past_key_values", kwargs.get("layer_past"))
-            if program := self._steps.find(index, layer, original, args[0], kwargs):
-                return program(args[0], cache.layers[index])
+        cache: Any = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        own = cache.layers[index]
+        if own.owner.traced and len(args) == 1 and kwargs.get("attention_mask") is None:
+            hidden = args[0].contiguous()
+            if program := self._steps.find(index, layer, original, hidden, kwargs):
+                return program(hidden, own)
         return original(*args, **kwargs)
 
     def _attention(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -85,7 +85,7 @@ def quantize(
     i = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
     d = tl.arange(0, DP)
     mask = (i < num_rows)[:, None] & (d < D)[None, :]
-    own = rows + i.to(tl.int64)[:, None] * row_stride + head * head_stride + d[None, :]
+    own = rows + i.to(tl.int64)[:, None] * row_stride + head.to(tl.int64) * head_stride + d[None, :]
     x = tl.load(own, mask=mask, other=0.0).to(tl.float32)
     if HAS_CENTER:
         x -= tl.load(center + head * D + d, mask=d < D, other=0.0)[None, :]

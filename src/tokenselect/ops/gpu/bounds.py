@@ -10,6 +10,7 @@ import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ def on_host(tensor: Tensor) -> list[int]:
         return values
     entry = _known.get(id(tensor))
     if entry is not None and entry[0]() is tensor and entry[1] == _version(tensor):
-        _known.move_to_end(id(tensor))
+        with suppress(KeyError):  # another thread may have dropped it
+            _known.move_to_end(id(tensor))
         return entry[2]
     return remember(tensor, tensor.flatten().tolist())
 
