@@ -245,12 +245,13 @@ void multiply_all(const vu* tiles, const char* queries, int64_t rows, int64_t di
   }
 }
 
-// While a tile is computed, those after the next come from memory.
+// While a tile is computed, those after the next come from memory into the second cache: requests to the first, of which
+// few can be under way at once, would hold up the loads.
 template <class Key>
 TS_INLINE void fetch_ahead(const char* const* keys, int64_t i, int64_t known, int64_t dim) {
   const int64_t first = i + kTilesAhead * W, last = first + 2 * W < known ? first + 2 * W : known;
   for (int64_t k = first; k < last; k++)
-    for (int64_t at = 0; at < dim * Key::size; at += 64) __builtin_prefetch(keys[k] + at);
+    for (int64_t at = 0; at < dim * Key::size; at += 64) __builtin_prefetch(keys[k] + at, 0, 2);
 }
 
 // Logits [rows, n] (stride `ld`, written in whole vectors) of packed queries against `n` keys. `tiles` is room for two;
