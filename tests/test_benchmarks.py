@@ -143,7 +143,7 @@ def test_a_block_is_measured() -> None:
     for keys in ("bf16", "int8"):
         seconds = calls[f"tokenselect, mix, {keys}"]()
         copied = {"quantize_rows"} if keys == "int8" else set()
-        assert set(seconds) == {"all", "score_tokens", "topk_tokens", "sparse_attention"} | copied
+        assert set(seconds) == {"all", "pool_queries", "score_tokens", "topk_tokens", "sparse_attention"} | copied
         assert 2 * seconds["all"] > sum(seconds.values())
 
 

@@ -376,8 +376,8 @@ def test_broken_model_folders(shell: Shell, folder: Path, tmp_path: Path) -> Non
 def test_not_enough_memory(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda device: 20_000)
     message = sentence(shell.generate())
-    assert "131 tokens need 34 kB" in message
-    assert "70 would fit; shorten the document or lower --max-new-tokens" in message
+    assert "131 tokens need 40 kB" in message
+    assert "59 would fit; shorten the document or lower --max-new-tokens" in message
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,7 @@ def test_bad_sampling(option: str, value: Any) -> None:
 
 def test_not_enough_memory(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda device: 10_000_000)
-    with pytest.raises(ValueError, match=r"1,000,001 tokens need 256 MB .* 9 MB can be used: 35,156 would fit"):
+    with pytest.raises(ValueError, match=r"1,000,001 tokens need 304 MB .* 9 MB can be used: 29,605 would fit"):
         LLM(loaded, config=SMALL).stream("w1", max_new_tokens=1_000_000)
 
 
