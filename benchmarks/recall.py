@@ -61,7 +61,7 @@ def main(
 ) -> None:
     """Recall of the exact top-k where at least 4 k tokens can be chosen from."""
     loaded, ids = load_text(length)
-    with TokenSelect(loaded.model, TokenSelectConfig(num_dense_tokens=0)) as host:
+    with TokenSelect(loaded.model, TokenSelectConfig(num_dense_tokens=0, score_dtype="same")) as host:
         compared = Compared(host.ops, ks)
         host.ops = compared  # type: ignore[assignment]
         loaded.model(ids, logits_to_keep=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from tokenselect.rotary import HostRotary
 
 _PROBE = "tokenselect_probe"
+_PROBING = Lock()  # the name is one for the whole process
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +125,15 @@ def _recorded_queries(config: Any) -> Iterator[list[Tensor]]:
         queries.append(query)
         return torch.zeros_like(query).transpose(1, 2), None
 
-    name = config._attn_implementation
-    AttentionInterface.register(_PROBE, record)
-    config._attn_implementation = _PROBE
-    try:
-        yield queries
-    finally:
-        config._attn_implementation = name
-        AttentionInterface._global_mapping.pop(_PROBE, None)
+    with _PROBING:
+        name = config._attn_implementation
+        AttentionInterface.register(_PROBE, record)
+        config._attn_implementation = _PROBE
+        try:
+            yield queries
+        finally:
+            config._attn_implementation = name
+            AttentionInterface._global_mapping.pop(_PROBE, None)
 
 
 def _refuse_by_config(config: Any, text: Any) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
 from itertools import pairwise
+from threading import Lock
 from types import TracebackType
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -286,26 +287,29 @@ class _attention_name:  # noqa: N801  (a context manager)
     """Let a config name our attention, registered as long as somebody uses it."""
 
     users: ClassVar[Counter[tuple[str, int]]] = Counter()  # of a name by a config: models may share one
+    lock: ClassVar[Lock] = Lock()
 
     def __init__(self, config: Any) -> None:
         self.config, self.own = config, config._attn_implementation.removeprefix(_PREFIX)
         self.name = _PREFIX + self.own
 
     def __enter__(self) -> None:
-        AttentionInterface.register(self.name, _attend)
-        AttentionMaskInterface.register(self.name, _mask)
-        self.users[self.name, id(self.config)] += 1
-        self.config._attn_implementation = self.name
+        with self.lock:
+            AttentionInterface.register(self.name, _attend)
+            AttentionMaskInterface.register(self.name, _mask)
+            self.users[self.name, id(self.config)] += 1
+            self.config._attn_implementation = self.name
 
     def __exit__(self, *error: object) -> None:
-        self.users[self.name, id(self.config)] -= 1
-        if self.users[self.name, id(self.config)]:
-            return
-        del self.users[self.name, id(self.config)]
-        self.config._attn_implementation = self.own
-        if not any(name == self.name for name, _ in self.users):
-            AttentionInterface._global_mapping.pop(self.name, None)
-            AttentionMaskInterface._global_mapping.pop(self.name, None)
+        with self.lock:
+            self.users[self.name, id(self.config)] -= 1
+            if self.users[self.name, id(self.config)]:
+                return
+            del self.users[self.name, id(self.config)]
+            self.config._attn_implementation = self.own
+            if not any(name == self.name for name, _ in self.users):
+                AttentionInterface._global_mapping.pop(self.name, None)
+                AttentionMaskInterface._global_mapping.pop(self.name, None)
 
 
 def _refuse_generation(model: nn.Module, kwargs: dict[str, Any]) -> None:
