@@ -103,8 +103,8 @@ def check_memory(
         is_enough = context_bytes(config, middle, dtype, settings) <= usable
         low, high = (middle, high) if is_enough else (low, middle)
     raise ValueError(
-        f"{num_tokens:,} tokens need {readable(needed)} of memory for their keys and values and what scoring reads, but "
-        f"{readable(usable)} can be used: {low:,} would fit; shorten the document or lower max_new_tokens"
+        f"{num_tokens:,} tokens need {readable(needed)} of memory for their keys and values and what scoring reads, "
+        f"but {readable(usable)} can be used: {low:,} would fit; shorten the document or lower max_new_tokens"
     )
 
 
