@@ -178,24 +178,30 @@ int64_t tile_size(int64_t dim) {
   return dim / Key::per_piece;
 }
 
-// The tile of the keys 0 .. W - 1; a key's last load may hold fewer dimensions than a vector.
+// Columns of the dimensions from `d` on, fewer than a load brings. Apart, so that the loop before it keeps its registers.
 template <class Key>
-TS_INLINE void make_tile(const char* const* keys, int64_t dim, vu* tile) {
-  int64_t d = 0;
+__attribute__((noinline)) void make_last_columns(const char* const* keys, int64_t d, int64_t dim, vu* tile) {
   vu rows[W];
-  for (; d + Key::kLoaded <= dim; d += Key::kLoaded) {
-    for (int k = 0; k < W; k++) rows[k] = Key::load_pieces(keys[k] + d * Key::size);
-    transpose(rows);
-    for (int c = 0; c < W; c++, tile += Key::kSplit) Key::split(rows[c], tile);
-  }
-  if (d == dim) return;
   for (int k = 0; k < W; k++) {
     char whole[sizeof(vu)] = {};
     __builtin_memcpy(whole, keys[k] + d * Key::size, (dim - d) * Key::size);
     rows[k] = Key::load_pieces(whole);
   }
   transpose(rows);
-  for (int64_t c = 0; c < (dim - d) / (Key::kLoaded / W); c++, tile += Key::kSplit) Key::split(rows[c], tile);
+  for (int64_t c = 0; c < (dim - d) / (Key::kLoaded / W); c++) Key::split(rows[c], tile + c * Key::kSplit);
+}
+
+// The tile of the keys 0 .. W - 1.
+template <class Key>
+TS_INLINE void make_tile(const char* const* keys, int64_t dim, vu* tile) {
+  int64_t d = 0;
+  for (; d + Key::kLoaded <= dim; d += Key::kLoaded, tile += W * Key::kSplit) {
+    vu rows[W];
+    for (int k = 0; k < W; k++) rows[k] = Key::load_pieces(keys[k] + d * Key::size);
+    transpose(rows);
+    for (int c = 0; c < W; c++) Key::split(rows[c], tile + c * Key::kSplit);
+  }
+  if (d < dim) make_last_columns<Key>(keys, d, dim, tile);
 }
 
 constexpr int64_t kTilesAhead = 2;
