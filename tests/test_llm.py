@@ -21,13 +21,14 @@ import tokenselect
 from tokenselect import memory
 from tokenselect.config import TokenSelectConfig
 from tokenselect.llm import LLM
-from tokenselect.methods import METHODS, attach, method_config
+from tokenselect.methods import attach, method_config
 from tokenselect.models import LoadedModel, load_model
 from tokenselect.sampling import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+METHODS = ("tokenselect", "streaming", "dense")
 SMALL = TokenSelectConfig(
     num_sink_tokens=4,
     num_local_tokens=16,
