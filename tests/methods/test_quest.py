@@ -51,7 +51,8 @@ def test_votes_by_head_and_page(start: int) -> None:
         logits = []
         for page in range(len(low)):
             run = first + page // 4 * 64  # the query is turned by the mean rotation of 64 distances
-            turns = [rotated(pooled[0, head], start - token) for token in range(run, run + 64)]
+            nearest = max(0, start - run - 63)
+            turns = [rotated(pooled[0, head], distance) for distance in range(nearest, nearest + 64)]
             query, kv = torch.stack(turns).mean(0), head // (HEADS // KV_HEADS)
             logits.append(torch.maximum(query * low[page, kv], query * high[page, kv]).sum() * SCALE)
         expected += torch.softmax(torch.stack(logits), dim=0)
