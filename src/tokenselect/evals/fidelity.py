@@ -115,9 +115,9 @@ def measure_fidelity(loaded: LoadedModel, ids: Tensor, candidates: Sequence[Cand
     )
     host = TokenSelect(loaded.model, config)
     found: Found = defaultdict(Sums)
-    with_table = _Watched(host.ops, lambda *facts: _compare(found, host, candidates, plans, block_step, *facts))
     plans = _Plans(host, length)
-    host.ops = with_table  # type: ignore[assignment]
+    watched = _Watched(host.ops, lambda *facts: _compare(found, host, candidates, plans, block_step, *facts))
+    host.ops = watched  # type: ignore[assignment]
     with host:
         loaded.model(ids, logits_to_keep=1)
     return dict(found)

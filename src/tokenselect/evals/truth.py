@@ -50,6 +50,7 @@ class Truth:
         turned = rotate(keys, self.cos[:, None], self.sin[:, None], table.interleaved)
         self._keys = turned.transpose(0, 1)  # [Hkv, T, D]
         self._known: dict[Span, Tensor] = {}  # asked for by every method
+        self._bests: dict[tuple[Span, int, bool], Tensor] = {}
         self._copies: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def received(self, span: Span) -> Tensor:
@@ -90,7 +91,7 @@ class Truth:
         if high - low < self.base.num_selected_tokens:
             return Sums()
         middle = received[:, low:high]
-        best = self._best(middle, self.base.num_selected_tokens, by_head)
+        best = self._best(span, self.base.num_selected_tokens, by_head)
         kept = float(middle.gather(1, best.expand(len(middle), -1)).sum())
         total, all_middle = float(received.sum()), float(middle.sum())
         sums = Sums(mass=total - all_middle + kept, total=total, middle_mass=kept, middle_total=all_middle)
@@ -117,7 +118,7 @@ class Truth:
         if high - low > k:
             sums.choices = 1
             sums.recall_shared, sums.recall_heads = (
-                float(chosen[self._best(middle, k, by_head)].float().mean()) for by_head in (False, True)
+                float(chosen[self._best(span, k, by_head)].float().mean()) for by_head in (False, True)
             )
         return sums
 
@@ -126,10 +127,14 @@ class Truth:
         low = self.base.num_sink_tokens
         return low, max(low, span[0] - self.base.num_local_tokens)
 
-    @staticmethod
-    def _best(middle: Tensor, k: int, by_head: bool) -> Tensor:
-        """[Hq or 1, k] tokens with the most attention of all queries."""
-        return (middle if by_head else middle.sum(0, keepdim=True)).topk(k).indices
+    def _best(self, span: Span, k: int, by_head: bool) -> Tensor:
+        """[Hq or 1, k] tokens of the middle with the most attention of all queries."""
+        key = span, k, by_head
+        if key not in self._bests:
+            low, high = self._middle(span)
+            middle = self.received(span)[:, low:high]
+            self._bests[key] = (middle if by_head else middle.sum(0, keepdim=True)).topk(k).indices
+        return self._bests[key]
 
     def _error(self, spans: list[Span], attended: list[Tensor]) -> tuple[float, float]:
         """Squared distance of the attention over a choice, at re-indexed positions, to dense attention."""
