@@ -277,7 +277,7 @@ def test_chat_template_missing_or_failing(tmp_path: Path) -> None:
 
 
 def test_unknown_method_is_refused_before_loading() -> None:
-    with pytest.raises(ValueError, match="method must be one of tokenselect, streaming, dense, got 'best'"):
+    with pytest.raises(ValueError, match=r"method must be one of tokenselect, streaming, dense, .*, got 'best'"):
         LLM("/no/such/model", "best")
 
 
