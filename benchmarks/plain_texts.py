@@ -15,10 +15,11 @@ _MODULES = ("argparse", "ast", "inspect", "tarfile", "typing", "zipfile", "pickl
 
 
 def _manual() -> str:
-    """Python's help texts."""
+    """Python's help texts; each paragraph once, for whole sections stand under several topics."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name].strip() for name in sorted(topics))
+    paragraphs = (part.strip("\n") for name in sorted(topics) for part in topics[name].split("\n\n"))
+    return "\n\n".join(dict.fromkeys(paragraphs))
 
 
 def _code() -> str:
