@@ -243,7 +243,7 @@ def test_bench_keeps_what_was_measured_before_ctrl_c(shell: Shell, monkeypatch: 
         (("--length", "0"), "--length must be between 1 and 2147483647, got 0"),
         (("--repeats", "0"), "--repeats must be between 1"),
         (("--new-tokens", "0"), "--new-tokens must be between 1"),
-        (("--method", "magic"), "--method must be one of tokenselect, streaming, dense, got 'magic'"),
+        (("--method", "magic"), "--method must be one of tokenselect, streaming, dense, streaming_same_window,"),
         (("--length", "2000000000"), "of memory for their keys and values"),
     ],
 )
