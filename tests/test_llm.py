@@ -21,13 +21,14 @@ import tokenselect
 from tokenselect import memory
 from tokenselect.config import TokenSelectConfig
 from tokenselect.llm import LLM
-from tokenselect.methods import METHODS, attach, method_config
+from tokenselect.methods import attach, method_config
 from tokenselect.models import LoadedModel, load_model
 from tokenselect.sampling import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+METHODS = ("tokenselect", "streaming", "dense")
 SMALL = TokenSelectConfig(
     num_sink_tokens=4,
     num_local_tokens=16,
@@ -276,7 +277,7 @@ def test_chat_template_missing_or_failing(tmp_path: Path) -> None:
 
 
 def test_unknown_method_is_refused_before_loading() -> None:
-    with pytest.raises(ValueError, match="method must be one of tokenselect, streaming, dense, got 'best'"):
+    with pytest.raises(ValueError, match=r"method must be one of tokenselect, streaming, dense, .*, got 'best'"):
         LLM("/no/such/model", "best")
 
 

@@ -12,12 +12,12 @@ from tiny import save_tiny
 from tokenselect import measure
 from tokenselect.config import TokenSelectConfig
 from tokenselect.measure import alternate, quantiles, read_and_write, warm_up
-from tokenselect.methods import METHODS
 from tokenselect.models import LoadedModel, load_model
 
 if TYPE_CHECKING:
     pass
 
+METHODS = ("tokenselect", "streaming", "dense")
 SMALL = TokenSelectConfig(
     num_sink_tokens=4,
     num_local_tokens=16,

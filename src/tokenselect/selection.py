@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,6 +14,8 @@ from tokenselect.ops import Backend
 from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import Distances
 from tokenselect.rotary import RotaryTable, mean_rotation
+
+Select = Callable[..., list[Tensor]]  # `select_tokens`, or what another method does in its place
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,11 @@ class SelectionState:
     hits: int = 0
     attended: int = 0  # tokens attended by the queries that selected, and tokens that there were for them
     available: int = 0
+    other: Tensor | None = None  # what a method that we compare with remembers
 
     def forget(self) -> None:
         """Drop the last selection, as after the sequence was cut; the counts stay."""
-        self.query = self.indices = None
+        self.query = self.indices = self.other = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from tokenselect.config import TokenSelectConfig
 from tokenselect.ops import Backend
 from tokenselect.ops.paging import PageTable
 from tokenselect.rotary import RotaryTable
-from tokenselect.selection import Block, SelectionPlan, block_starts, plan_selection, select_tokens
+from tokenselect.selection import Block, Select, SelectionPlan, block_starts, plan_selection, select_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class Pass:
         plan: of those that select, and `selecting`, their places in `blocks`; the others attend all earlier tokens.
         padding: rows before each sequence's first token.
         rows: [real queries] int64 into the [B * Tq] queries; None: there is no padding among them.
+        select: `select_tokens`, or another method's.
     """
 
     blocks: Sequence[Block]
@@ -39,6 +40,7 @@ class Pass:
     interleaved: bool
     config: TokenSelectConfig
     ops: Backend
+    select: Select = select_tokens
     _whole: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by page size: layers share it
 
     def attend(
@@ -79,7 +81,7 @@ class Pass:
                 self._whole[pages.page_size] = self._rows_of(pages, {}, queries.device)
             return self._whole[pages.page_size]
         keys, *copy = layer.scoring_rows(self.padding)
-        chosen = select_tokens(queries, keys, pages, self.plan, layer.states, self.config, self.ops, scale, *copy)
+        chosen = self.select(queries, keys, pages, self.plan, layer.states, self.config, self.ops, scale, *copy)
         return self._rows_of(pages, dict(zip(self.selecting, chosen, strict=True)), queries.device)
 
     def _rows_of(self, pages: PageTable, selected: dict[int, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -101,6 +103,7 @@ def plan_pass(
     length: int,
     tail_start: int,
     known_length: int,
+    select: Select = select_tokens,
 ) -> Pass:
     """Work out one forward pass over a batch of sequences.
 
@@ -114,6 +117,7 @@ def plan_pass(
         length: tokens of this pass, padding included.
         tail_start: from there on, padding included, every prompt token selects for itself.
         known_length: tokens that the context is known to have, padding included: those of the whole prompt.
+        select: `select_tokens`, or another method's.
     """
     blocks = _blocks(config, padding, past, length, tail_start, known_length)
     selecting = [i for i, block in enumerate(blocks) if not _is_covered(block, config, known_length, padding)]
@@ -133,6 +137,7 @@ def plan_pass(
         table.interleaved,
         config,
         ops,
+        select,
     )
 
 

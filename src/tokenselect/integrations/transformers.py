@@ -32,6 +32,7 @@ from tokenselect.integrations.passes import plan_pass
 from tokenselect.integrations.steps import Steps, quicken_linears
 from tokenselect.integrations.undo import override, put_back
 from tokenselect.ops import find_backend
+from tokenselect.selection import Select, select_tokens
 
 _PREFIX = "tokenselect_over_"
 _WORTH_TRACING = 3  # chunks of one length in a prompt; decode steps always are
@@ -75,6 +76,7 @@ class TokenSelect:
         self.config = (config or TokenSelectConfig()).for_window(self.host.trained_window)
         self.config.check_window(self.host.trained_window)
         self.ops = find_backend(self.config.backend, self.host.device, self.host.dtype, self.host.head_dim)
+        self.select: Select = select_tokens
         self.max_distance = self.config.max_distance or max(1, self.host.trained_window * 7 // 8)
         self._owners: WeakSet[Owner] = WeakSet()
         self._stack = ExitStack()
@@ -169,7 +171,8 @@ class TokenSelect:
         tail = prompt_end - config.num_tail_tokens if is_prompt else total
         known = max(total, prompt_end)
         table = self.rotary.table(max(config.num_attended(known - pad) for pad in padding))
-        return plan_pass(config, self.ops, table, self.max_distance, padding, start, end - start, tail, known)
+        length = end - start
+        return plan_pass(config, self.ops, table, self.max_distance, padding, start, length, tail, known, self.select)
 
     def _chunks(self, start: int, end: int) -> list[tuple[int, int]]:
         """Cut a pass where blocks begin; the first piece holds all that needs no selection."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -11,8 +13,47 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tokenselect.config import TokenSelectConfig
+    from tokenselect.methods.selecting import Choice
 
-METHODS = ("tokenselect", "streaming", "dense")
+# Where each is: modules are imported when they are asked for. These choose cached tokens ...
+_CHOICES = {
+    "tokenselect": "selecting:Choice",
+    "streaming": "streaming:STREAMING",
+    "streaming_same_window": "streaming:STREAMING_SAME_WINDOW",
+    "infllm": "infllm:INFLLM",
+    "quest": "quest:QUEST",
+    "snapkv": "snapkv:SNAPKV",
+    "paper": "paper:PAPER",
+    "published": "published:PUBLISHED",
+}
+# ... and these attend the whole context.
+_DENSE = {
+    "dense": "dense:dense",
+    "ntk": "ntk:attach_ntk",
+    "yarn": "yarn:attach_yarn",
+    "self_extend": "self_extend:attach_self_extend",
+}
+METHODS = (
+    "tokenselect",
+    "streaming",
+    "dense",
+    *(name for name in _CHOICES if name not in ("tokenselect", "streaming")),
+    *(name for name in _DENSE if name != "dense"),
+)
+
+
+def choice(method: str) -> Choice | None:
+    """How a method chooses cached tokens; None: it attends the whole context.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method in _DENSE:
+        return None
+    found = _load(_CHOICES[method])
+    return cast("Choice", found() if method == "tokenselect" else found)
 
 
 def method_config(method: str, config: TokenSelectConfig) -> TokenSelectConfig | None:
@@ -23,25 +64,18 @@ def method_config(method: str, config: TokenSelectConfig) -> TokenSelectConfig |
         config: the settings that were asked for.
 
     Returns:
-        "tokenselect": `config` itself. "streaming" (StreamingLLM, Xiao et al., 2023): sinks and local tokens
-        alone; the local window grows by what would be selected, so the budget is the same. "dense": None.
+        "tokenselect": `config` itself. "streaming": sinks and local tokens alone; the local window grows by what
+        would be selected, so the budget is the same ("streaming_same_window": it does not grow). "infllm", "quest" and
+        "snapkv": the budget of `config`, at every length. "paper" and "published": the published settings. The others,
+        which attend the whole context: None.
 
     Raises:
         ValueError: there is no such method.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if method == "dense":
-        return None
     if method == "tokenselect":
         return config
-    # Without a selection there is nothing to reuse, and reuse would count a second local window.
-    return config.replace(
-        num_selected_tokens=0,
-        num_dense_tokens=0,
-        num_local_tokens=config.num_local_tokens + config.num_selected_tokens,
-        reuse_threshold=2.0,
-    )
+    chosen = choice(method)
+    return None if chosen is None else chosen.settings(config)
 
 
 def attach(
@@ -57,8 +91,8 @@ def attach(
         method: one of `METHODS`.
         config: the settings.
         on_prefill: called with (tokens read, tokens to read) while a prompt is read, in the thread that
-            generates. For "dense", whose prompt goes through in one pass, the share of layers done stands
-            for the share of tokens.
+            generates. For methods that attend the whole context, whose prompt goes through in one pass, the share of
+            layers done stands for the share of tokens.
 
     Returns:
         A context manager that has not been entered; the model is checked already.
@@ -68,11 +102,11 @@ def attach(
         NotImplementedError: the model cannot be served by the method; the message names why.
         BackendUnavailable: a backend asked for by name cannot run.
     """
-    settings = method_config(method, config)
-    if settings is None:
-        from tokenselect.methods.dense import dense
+    chosen = choice(method)
+    enter = _load(_DENSE[method]) if chosen is None else partial(chosen.attach, config=config)
+    return cast("AbstractContextManager[Any]", enter(model, on_prefill=on_prefill))
 
-        return dense(model, on_prefill)
-    from tokenselect.integrations.transformers import TokenSelect
 
-    return TokenSelect(model, settings, on_prefill)
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"tokenselect.methods.{module}"), name)

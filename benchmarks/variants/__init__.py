@@ -1,0 +1,1 @@
+"""What ablations exchange in our method, beyond its settings: votes, heads, keys, budget."""
