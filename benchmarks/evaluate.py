@@ -151,7 +151,13 @@ def _plan(tasks: str, methods: str, lengths: str, limit: int) -> Sequence[Part]:
     if not tasks:
         chosen = methods.split(",") if methods else None
         return [
-            Part(part.tasks, part.lengths, [m for m in part.methods if chosen is None or m in chosen], part.last, part.first)
+            Part(
+                part.tasks,
+                part.lengths,
+                [m for m in part.methods if chosen is None or m in chosen],
+                part.last,
+                part.first,
+            )
             for part in PLAN
         ]
     names = tasks.split(",")

@@ -2,8 +2,8 @@
 
     python -m benchmarks.perplexity --device cuda --minutes 3 --output results
 
-Each sample is one stretch of a text, read at once; "window" is plain attention over the last tokens, as many as a
-method's budget at the most, for every position. One row per sample, method and range of positions is appended to
+Each sample is one stretch of a text, read at once; "window" reads every block afresh after as many tokens before it as
+the method's budget has. One row per sample, method and range of positions is appended to
 `perplexity.csv` in the output folder; what is there already is not measured again.
 """
 
@@ -71,9 +71,7 @@ def main(
             _append(path, list(_measure(loaded, case, config)))
 
 
-def _cases(
-    texts: Sequence[str], methods: Sequence[str], length: int, samples: int, settings: str
-) -> Iterator[Case]:
+def _cases(texts: Sequence[str], methods: Sequence[str], length: int, samples: int, settings: str) -> Iterator[Case]:
     """All methods of a stretch come before the next stretch."""
     for index in range(samples):
         for text in texts:
@@ -109,7 +107,7 @@ def _measure(loaded: LoadedModel, case: Case, config: TokenSelectConfig) -> Iter
 
 def _losses(loaded: LoadedModel, ids: Tensor, method: str, config: TokenSelectConfig) -> Tensor:
     if method == "window":
-        return window_losses(loaded.model, ids, config.budget)
+        return window_losses(loaded.model, ids, config.dense_limit, config.block_size)
     with attach(loaded.model, method, config, None):
         result = losses(loaded.model, ids)
     if loaded.model.device.type == "cuda":

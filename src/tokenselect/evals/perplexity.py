@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import DynamicCache
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
 _ROWS = 1024  # of logits at once
-_CHUNK = 2048
-_MOVING = ("dynamic", "longrope")  # rotations that change with the length: kept keys would no longer fit
 
 
 @torch.no_grad()
@@ -37,53 +34,28 @@ def losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def window_losses(model: PreTrainedModel, ids: Tensor, window: int) -> Tensor:
-    """The same for plain attention in which every token attends the last `window` tokens, itself included.
+def window_losses(model: PreTrainedModel, ids: Tensor, context: int, block: int) -> Tensor:
+    """The same where every block of tokens is read afresh after the tokens right before it, and nothing else.
+
+    So each token sees as many others as under a selection whose budget is `context` plus the block itself. (A window
+    that slides over kept keys is no baseline: without the first tokens attention collapses; Xiao et al., 2023.)
 
     Args:
         model: as it is, without a method.
         ids: [num_tokens] int64.
-        window: tokens.
+        context: tokens before a block.
+        block: tokens that are read together.
 
     Returns:
         As `losses`.
-
-    Raises:
-        NotImplementedError: the model's rotations change with the length.
     """
-    _check_rotation(model)
-    ids = ids.to(model.device)
-    cache, parts = DynamicCache(), []
-    for start in range(0, len(ids), _CHUNK):
-        own = ids[start : start + _CHUNK]
-        kept = cache.get_seq_length()
-        mask = _window_mask(kept, len(own), window, model.device)
-        positions = torch.arange(start, start + len(own), device=model.device)
-        hidden = model.base_model(
-            input_ids=own[None],
-            position_ids=positions[None],
-            attention_mask=torch.zeros(mask.shape, dtype=model.dtype, device=model.device).masked_fill_(
-                ~mask, torch.finfo(model.dtype).min
-            ),
-            past_key_values=cache,
-        ).last_hidden_state[0]
-        following = ids[start + 1 : start + len(own) + 1]
-        parts.append(_losses(model, hidden[: len(following)], following))
-        _drop_old(cache, window - 1)
+    ids, parts = ids.to(model.device), []
+    for start in range(0, len(ids), block):
+        first = max(0, start - context)
+        hidden = model.base_model(input_ids=ids[None, first : start + block], use_cache=False).last_hidden_state[0]
+        following = ids[start + 1 : start + block + 1]
+        parts.append(_losses(model, hidden[start - first :][: len(following)], following))
     return torch.cat(parts)
-
-
-def _window_mask(kept: int, own: int, window: int, device: torch.device) -> Tensor:
-    """[1, 1, own, kept + own], true where a query attends."""
-    query = torch.arange(kept, kept + own, device=device)[:, None]
-    key = torch.arange(kept + own, device=device)
-    return ((key <= query) & (key > query - window))[None, None]
-
-
-def _drop_old(cache: DynamicCache, keep: int) -> None:
-    for layer in cache.layers:
-        layer.keys = layer.keys[:, :, -keep:].clone() if keep else layer.keys[:, :, :0]
-        layer.values = layer.values[:, :, -keep:].clone() if keep else layer.values[:, :, :0]
 
 
 def _losses(model: PreTrainedModel, hidden: Tensor, following: Tensor) -> Tensor:
@@ -99,9 +71,3 @@ def _check_logits(model: PreTrainedModel, ids: Tensor) -> None:
     own = model.get_output_embeddings()(model.base_model(input_ids=ids[None]).last_hidden_state[0, -1])
     if not torch.allclose(logits.float(), own.float(), rtol=1e-2, atol=1e-2):
         raise NotImplementedError(f"perplexity is not supported for {type(model).__name__}: it changes its logits")
-
-
-def _check_rotation(model: PreTrainedModel) -> None:
-    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    if parameters.get("rope_type") in _MOVING:
-        raise NotImplementedError(f"a sliding window is not supported with rope_type {parameters['rope_type']!r}")
