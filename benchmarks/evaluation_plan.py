@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenselect.methods import METHODS
 
@@ -21,6 +21,10 @@ class Part:
     def cells(self, method: str) -> Iterator[tuple[str, int]]:
         """Task and length of each cell of a method."""
         return ((task, length) for length in self.lengths for task in self.tasks)
+
+    def only(self, methods: Sequence[str]) -> Part:
+        """The part with no other methods than these."""
+        return replace(self, methods=[method for method in self.methods if method in methods])
 
 
 # A prompt of 8,000 tokens and its answer fit a window of 8,192.

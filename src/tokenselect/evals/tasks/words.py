@@ -35,28 +35,29 @@ raft rain raven ribbon river robin rocket saddle sail salmon sandal scarf shovel
 tailor temple thistle ticket tiger timber torch tower trumpet tulip tunnel turtle valley velvet violin wagon walnut
 whistle willow window wolf
 """
-FIRST_NAMES = """
+_FIRST_NAMES = """
 Ada Alma Amir Anton Astrid Basil Bela Bruno Carla Cedric Clara Cyrus Dalia Dario Della Edgar Elena Elias Emil Esther
 Fabio Felix Fiona Flora Gustav Hanna Hector Helga Hugo Ida Igor Ines Iris Ivan Jasper Jonas Judith Karim Kasper Laila
 Lars Leon Lydia Magnus Malik Marta Milan Mina Nadia Nils Nora Odile Olaf Olga Omar Oskar Pablo Paula Petra Quentin
 Ramona Rafael Rita Rosa Samir Selma Sofia Stefan Tamara Tilda Tomas Ulla Uma Valentin Vera Viktor Wanda Xenia Yara Zora
-""".split()
-LAST_NAMES = """
+"""
+_LAST_NAMES = """
 Abel Adler Aubert Bauer Becker Blum Bosch Brandt Carlsen Castell Conti Dahl Dekker Dietz Duval Eklund Engel Farkas
 Fischer Fontaine Gallo Garber Greco Hahn Hansen Heller Horvat Ibsen Jansen Jensen Kaplan Keller Kovac Kramer Lang
 Larsen Lindgren Lorenz Maier Marchetti Meyer Moreau Nagy Nilsson Novak Olsen Orlov Palmer Pavlov Petit Quist Rask
 Ricci Rossi Rubin Sauer Schmitz Silva Sorel Steiner Svensson Tanner Thorne Toth Urban Valdez Verne Vogel Voss Wagner
 Weiss Winter Wolff Yilmaz Zander Zeller
-""".split()
-JOBS = """
+"""
+_JOBS = """
 architect baker barber beekeeper blacksmith bookbinder botanist brewer butcher carpenter cartographer chemist clerk
 conductor cook cooper dentist dyer engraver farmer ferryman fisherman florist gardener glazier goldsmith historian
 hunter judge juggler knitter lawyer librarian locksmith mason midwife miller miner musician nurse optician painter
 pharmacist pilot plumber potter printer sailor sculptor shepherd shoemaker surgeon surveyor tailor tanner teacher
 translator veterinarian watchmaker weaver
-""".split()
+"""
 
-ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
+ADJECTIVES, NOUNS, JOBS = _ADJECTIVES.split(), _NOUNS.split(), _JOBS.split()
+FIRST_NAMES, LAST_NAMES = _FIRST_NAMES.split(), _LAST_NAMES.split()
 
 
 def adjective_noun(random: Random) -> str:
