@@ -75,7 +75,7 @@ class Job:
         return True
 
     def _ask(self, answerer: Answerer, key: Key, device: str) -> None:
-        question = find_task(key.task).make(answerer.loaded.tokenizer, key.length, key.index)
+        question = find_task(key.task).make(answerer.loaded.tokenizer, key.length, key.number)
         if "forced" in split_method(key.method)[1] and not question.needles:
             return
         start = time.perf_counter()

@@ -71,7 +71,7 @@ def token_positions(offsets: list[tuple[int, int]], prompt: str, needles: tuple[
     Raises:
         ValueError: the prompt does not have the needle.
     """
-    found = set()
+    found: set[int] = set()
     for needle in needles:
         start = prompt.find(needle)
         if start < 0:

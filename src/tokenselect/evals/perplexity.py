@@ -60,9 +60,12 @@ def window_losses(model: PreTrainedModel, ids: Tensor, context: int, block: int)
 
 def _losses(model: PreTrainedModel, hidden: Tensor, following: Tensor) -> Tensor:
     head = model.get_output_embeddings()
-    pairs = zip(hidden.split(_ROWS), following.split(_ROWS), strict=True)
-    entropy = torch.nn.functional.cross_entropy
-    return torch.cat([entropy(head(part).float(), wanted, reduction="none").cpu() for part, wanted in pairs])
+    parts = []
+    for first in range(0, len(following), _ROWS):
+        rows = slice(first, first + _ROWS)
+        logits = head(hidden[rows]).float()
+        parts.append(torch.nn.functional.cross_entropy(logits, following[rows], reduction="none").cpu())
+    return torch.cat(parts)
 
 
 def _check_logits(model: PreTrainedModel, ids: Tensor) -> None:

@@ -18,7 +18,7 @@ class Key(NamedTuple):
     length: int
     method: str
     settings: str
-    index: int
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Prediction:
     """One answer, judged.
 
     Attributes:
-        task, length, index: the question: its task, the most tokens of its prompt, its number.
+        task, length, number: the question: its task, the most tokens of its prompt, its number.
         method, settings: who answered: the method, and the settings that are not the defaults.
         depth, wording, answers: of the question.
         text: what the model wrote.
@@ -39,7 +39,7 @@ class Prediction:
     length: int
     method: str
     settings: str
-    index: int
+    number: int
     depth: float | None
     wording: str
     answers: tuple[str, ...]
@@ -51,7 +51,7 @@ class Prediction:
     @property
     def key(self) -> Key:
         """What tells it from others."""
-        return Key(self.task, self.length, self.method, self.settings, self.index)
+        return Key(self.task, self.length, self.method, self.settings, self.number)
 
     def to_line(self) -> str:
         """One line of JSON."""
