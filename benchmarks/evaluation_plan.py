@@ -45,7 +45,7 @@ RULER = (
     "frequent_words",
     "facts_qa",
 )
-INFINITE = ("infinitebench_passkey", "number_string", "kv_retrieval", "math_find", "code_run")
+INFINITE = ("infinite_passkey", "number_string", "kv_retrieval", "math_find", "code_run")
 OURS = ("tokenselect", "tokenselect+select")
 CEILING = ("tokenselect", "tokenselect+forced")
 _OTHERS = tuple(method for method in METHODS if method != "tokenselect")

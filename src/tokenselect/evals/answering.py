@@ -83,20 +83,21 @@ class Answerer:
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def answer(self, question: Question) -> str:
-        """What the model writes after the prompt.
+    def answer(self, question: Question, special_tokens: bool = True) -> str:
+        """What the model writes after the prompt; `special_tokens` as in `complete`.
 
         Raises:
             ValueError: needles are to be forced, and the question has none.
         """
         if self._forced is not None:
-            self._forced.positions = torch.tensor(self._positions(question))
-        return self.complete(question.prompt, question.new_tokens)
+            self._forced.positions = torch.tensor(self._positions(question, special_tokens))
+        return self.complete(question.prompt, question.new_tokens, special_tokens)
 
-    def complete(self, prompt: str, new_tokens: int) -> str:
-        """A greedy completion of a text."""
+    def complete(self, prompt: str, new_tokens: int, special_tokens: bool = True) -> str:
+        """A greedy completion of a text; `special_tokens`: whether the tokenizer adds its own, which a chat has."""
         tokenizer, model = self.loaded.tokenizer, self.loaded.model
-        ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids
+        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=special_tokens, verbose=False)
+        ids = encoded.input_ids
         inputs = ids.to(model.device)
         out = model.generate(
             inputs,
@@ -113,8 +114,10 @@ class Answerer:
             return DynamicCache(config=self.loaded.model.config)
         return self._prefix.share_with(ids)
 
-    def _positions(self, question: Question) -> list[int]:
+    def _positions(self, question: Question, special_tokens: bool) -> list[int]:
         if not question.needles:
             raise ValueError("nothing can be forced into the selection: the task has no needles")
-        encoded = self.loaded.tokenizer(question.prompt, return_offsets_mapping=True, verbose=False)
+        encoded = self.loaded.tokenizer(
+            question.prompt, add_special_tokens=special_tokens, return_offsets_mapping=True, verbose=False
+        )
         return token_positions(encoded["offset_mapping"], question.prompt, question.needles)

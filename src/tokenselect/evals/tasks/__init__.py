@@ -43,7 +43,7 @@ TASKS: dict[str, Task] = {
         Task("common_words", _RULER, counting.common_words),
         Task("frequent_words", _RULER, counting.frequent_words),
         Task("facts_qa", _RULER, facts_qa.facts_qa),
-        Task("infinitebench_passkey", _INFINITE, infinitebench.passkey),
+        Task("infinite_passkey", _INFINITE, infinitebench.passkey),
         Task("number_string", _INFINITE, infinitebench.number_string),
         Task("kv_retrieval", _INFINITE, infinitebench.kv_retrieval),
         Task("math_find", _INFINITE, infinitebench.math_find),

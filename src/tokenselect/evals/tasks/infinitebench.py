@@ -36,7 +36,7 @@ _RANKS = {
 
 def passkey(tokenizer: PreTrainedTokenizerBase, num_tokens: int, index: int) -> Question:
     """R.PassKey: a number of five digits in repeated sentences."""
-    number = str(Random(f"infinitebench_passkey {num_tokens} {index}").randrange(10_000, 100_000))
+    number = str(Random(f"infinite_passkey {num_tokens} {index}").randrange(10_000, 100_000))
     needle = f"The pass key is {number}. Remember it. {number} is the pass key."
     question = "What is the pass key? The pass key is"
     return _hidden(tokenizer, num_tokens, index, number, needle, question)
