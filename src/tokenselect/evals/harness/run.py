@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,6 +147,7 @@ def _evaluate(
     on_answer: Callable[[Prediction], None],
 ) -> None:
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     from tokenselect.evals.harness.models import Recorded
 
@@ -156,6 +158,7 @@ def _evaluate(
         simple_evaluate(
             recorded,
             tasks=list(tasks.values()),
+            task_manager=TaskManager(include_defaults=False),  # its own tasks take twenty seconds to list
             limit=limit,
             bootstrap_iters=0,
             log_samples=False,
@@ -182,11 +185,15 @@ def _versions() -> dict[str, str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval logs every step: our progress tells more."""
+    """lm-eval logs every step and draws bars: our progress tells more."""
+    from lm_eval.api import task
+
     log = logging.getLogger("lm_eval")
-    before = log.level
+    before, bars = log.level, task.tqdm
     log.setLevel(logging.ERROR)
+    task.tqdm = partial(bars, disable=True)
     try:
         yield
     finally:
         log.setLevel(before)
+        task.tqdm = bars
