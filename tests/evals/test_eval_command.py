@@ -1,4 +1,4 @@
-"""`tokenselect eval` from end to end: a tiny model, lm-eval, a folder that can be continued; data of the known formats."""
+"""`tokenselect eval` from end to end: a tiny model, lm-eval, a folder to go on with, data of the known formats."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def call(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *args: str | Path
-) -> tuple[int, str, str]:
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["tokenselect", "eval", *map(str, args)])
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
@@ -200,7 +198,7 @@ class _Completions(http.server.BaseHTTPRequestHandler):
 
     asked: list[dict[str, Any]] = []  # noqa: RUF012
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append(body)
         prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]

@@ -38,5 +38,5 @@ def test_nothing_is_right_without_an_answer(rule: Rule) -> None:
 
 
 def test_an_unknown_rule_is_named() -> None:
-    with pytest.raises(ValueError, match="rule must be one of all, .*, got 'some'"):
+    with pytest.raises(ValueError, match=r"rule must be one of all, .*, got 'some'"):
         judge("1", ["1"], "some")  # type: ignore[arg-type]

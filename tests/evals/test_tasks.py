@@ -115,7 +115,7 @@ def test_too_little_room_is_told(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_an_unknown_task_is_named() -> None:
-    with pytest.raises(ValueError, match="task must be one of passkey, .*, got 'passky'"):
+    with pytest.raises(ValueError, match=r"task must be one of passkey, .*, got 'passky'"):
         find_task("passky")
 
 
@@ -134,5 +134,5 @@ def test_the_bible_is_in_order() -> None:
     text = library.text_named("bible")
     assert text.startswith("In the beginning God created the heaven and the earth.")
     assert len(text) > 4_000_000
-    with pytest.raises(ValueError, match="text must be one of union, .*, got 'koran'"):
+    with pytest.raises(ValueError, match=r"text must be one of union, .*, got 'koran'"):
         library.text_named("koran")

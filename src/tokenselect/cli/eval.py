@@ -214,21 +214,23 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    settings = {row["settings"] for row in rows if row["settings"]}
+    caption = next(iter(settings)) if len(settings) == 1 else None
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     for title in ("task", "tokens", "method", "score", "95%", "n", "to dense", "p", "s"):
         table.add_column(title, no_wrap=title != "method", justify="left" if title in ("task", "method") else "right")
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*_cells(row, shows_settings=caption is None))
     Console().print(table)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], shows_settings: bool) -> list[str]:
     against = row.get("against_dense")
     low, high = row["interval"]["low"], row["interval"]["high"]
     return [
         row["task"],
         f"{row['length']:,}" if row["length"] else "as given",
-        " ".join(filter(None, (row["method"], row["settings"]))),
+        f"{row['method']} {row['settings']}".strip() if shows_settings else row["method"],
         f"{row['score']:.0%}",
         f"{low:.0%}-{high:.0%}",
         str(row["n"]),

@@ -96,8 +96,10 @@ def _theirs() -> list[Path]:
 
 
 def _with_data(manager: Any, name: str, data: str | None) -> Task:
+    from datasets import disable_progress_bars
     from datasets.exceptions import DatasetNotFoundError
 
+    disable_progress_bars()
     if name not in manager.task_index:
         raise ValueError(f"lm-eval has no task {name!r}")
     try:
