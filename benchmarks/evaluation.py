@@ -45,11 +45,12 @@ samples, how often only the method was right and how often only dense, with McNe
 """
 _PERPLEXITY = """## Perplexity by position
 
-Stretches of 65,536 tokens, read at once. *window*: every block of 512 tokens is read afresh after the tokens right
+Stretches of the texts, each read at once. *window*: every block of 512 tokens is read afresh after the tokens right
 before it, as many as our budget has, and nothing else. Difference: of the mean loss of a stretch, in nats, method less
 window, with 95% of Student's t over stretches; below zero the method is better.
 """
-_TIMES = """## Cost
+_WINDOW = "window"
+_TIMES = """### Cost
 
 Median seconds from the prompt to the answer; several processes shared the machine, so compare within a row only.
 """
@@ -74,7 +75,7 @@ def _of_device(device: str, cells: Mapping[Name, Cell]) -> Iterator[str]:
         if of_family:
             yield f"### {family[0].upper()}{family[1:]}\n"
             yield _scores(of_family, cells)
-    yield _TIMES.replace("## Cost", "### Cost") + "\n" + _seconds(cells)
+    yield _TIMES + "\n" + _seconds(cells)
 
 
 def _family(name: Name) -> str:
@@ -131,26 +132,29 @@ def _perplexity() -> str:
     rows = read_rows("perplexity")
     if not rows:
         return ""
-    nats: dict[tuple[str, int, int, str], dict[int, float]] = {}
+    nats: dict[tuple[str, int, int, int], dict[str, dict[int, float]]] = {}
     for row in rows:
-        place = (
-            row["text"],
-            int(row["from"]),
-            int(row["to"]),
-            " ".join(filter(None, (row["method"], row["settings"]))),
-        )
-        nats.setdefault(place, {})[int(row["index"])] = float(row["nats"])
-    methods = list(dict.fromkeys(place[3] for place in nats))
-    others = [method for method in methods if not method.startswith("window")]
-    head = ["text", "tokens", "stretches", *methods, *(f"{method} less window" for method in others)]
-    cells = []
-    for text, first, last in sorted({place[:3] for place in nats}):
-        found = {method: nats.get((text, first, last, method), {}) for method in methods}
-        window = next((values for method, values in found.items() if method.startswith("window")), {})
-        shown = [f"{exp(mean(found[method].values())):.2f}" if found[method] else "" for method in methods]
-        less = [_difference(found[method], window) for method in others]
-        cells.append([text, f"{first:,}-{last:,}", str(max(map(len, found.values()))), *shown, *less])
+        place = (row["text"], int(row["length"]), int(row["from"]), int(row["to"]))
+        method = _title((row["method"], row["settings"]))
+        nats.setdefault(place, {}).setdefault(method, {})[int(row["index"])] = float(row["nats"])
+    methods = list(dict.fromkeys(method for found in nats.values() for method in found))
+    others = [method for method in methods if method.partition(" ")[0] != _WINDOW]
+    head = ["text", "of tokens", "positions", "stretches", *methods, *(f"{method} less window" for method in others)]
+    cells = [[*_place(place), *_losses(found, methods, others)] for place, found in sorted(nats.items())]
     return _PERPLEXITY + "\n" + table(head, cells, text_columns=1)
+
+
+def _place(place: tuple[str, int, int, int]) -> list[str]:
+    text, length, first, last = place
+    return [text, f"{length:,}", f"{first:,}-{last:,}"]
+
+
+def _losses(found: Mapping[str, Mapping[int, float]], methods: list[str], others: list[str]) -> list[str]:
+    """Stretches, perplexities and differences."""
+    window = next((values for method, values in found.items() if method.partition(" ")[0] == _WINDOW), {})
+    shown = [f"{exp(mean(found[method].values())):.2f}" if method in found else "" for method in methods]
+    less = [_difference(found.get(method, {}), window) for method in others]
+    return [str(max(map(len, found.values()))), *shown, *less]
 
 
 def _difference(ours: Mapping[int, float], window: Mapping[int, float]) -> str:

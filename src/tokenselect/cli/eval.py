@@ -10,7 +10,7 @@ import typer
 
 from tokenselect.cli.display import Display
 from tokenselect.cli.flags import ModelOptions
-from tokenselect.cli.session import load
+from tokenselect.cli.session import METHOD_HELP, load
 from tokenselect.config import TokenSelectConfig
 
 if TYPE_CHECKING:
@@ -28,7 +28,11 @@ def evaluate(
     config: TokenSelectConfig,
     tasks: Annotated[str, typer.Option(help="names, separated by commas; `--tasks list` shows them")] = "passkey",
     method: Annotated[
-        str, typer.Option(help="names, separated by commas; dense among them is compared with")
+        str,
+        typer.Option(
+            help=f"names, separated by commas: {METHOD_HELP}; tokenselect+select: selects within the window too;"
+            " tokenselect+forced: the needle is forced into every selection"
+        ),
     ] = "tokenselect",
     context: Annotated[str, typer.Option(help="tokens of a prompt, separated by commas")] = _LENGTHS,
     limit: Annotated[int, typer.Option(help="samples of each task and length")] = _LIMIT,
