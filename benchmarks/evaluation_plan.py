@@ -1,0 +1,69 @@
+"""What is evaluated, most important first: read by `benchmarks.evaluate` where no tasks are named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from tokenselect.methods import METHODS
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Cells that are run together: every task at every length with every method, samples `first .. last - 1`."""
+
+    tasks: Sequence[str]
+    lengths: Sequence[int]
+    methods: Sequence[str]
+    last: int
+    first: int = 0
+
+    def cells(self, method: str) -> Iterator[tuple[str, int]]:
+        """Task and length of each cell of a method."""
+        return ((task, length) for length in self.lengths for task in self.tasks)
+
+    def only(self, methods: Sequence[str]) -> Part:
+        """The part with no other methods than these."""
+        return replace(self, methods=[method for method in self.methods if method in methods])
+
+
+# A prompt of 8,000 tokens and its answer fit a window of 8,192.
+WITHIN = (2000, 4000, 8000)
+BEYOND = (16_000, 32_000, 64_000)
+NEEDLES = ("passkey", "fact_union", "fact_bible")
+RULER = (
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "variable_tracking",
+    "common_words",
+    "frequent_words",
+    "facts_qa",
+)
+INFINITE = ("infinite_passkey", "number_string", "kv_retrieval", "math_find", "code_run")
+OURS = ("tokenselect", "tokenselect+select")
+CEILING = ("tokenselect", "tokenselect+forced")
+_OTHERS = tuple(method for method in METHODS if method != "tokenselect")
+
+PLAN = (
+    Part(NEEDLES, WITHIN, ("dense", *OURS), 20),
+    Part(NEEDLES, BEYOND[:1], (*CEILING, *_OTHERS), 20),
+    Part(NEEDLES, BEYOND[1:2], CEILING, 20),
+    Part(NEEDLES, BEYOND[2:], CEILING, 20),
+    Part(NEEDLES, WITHIN, ("dense", *OURS), 100, 20),
+    Part(NEEDLES, BEYOND[1:], _OTHERS, 20),
+    Part(RULER, WITHIN[1:], ("dense", *OURS), 20),
+    Part(("passkey",), BEYOND[:1], ("tokenselect",), 100, 20),
+    Part(("fact_union", "fact_bible"), BEYOND[:1], CEILING, 100, 20),
+    Part(("fact_help", "fact_code", "rephrased_union"), (8000,), ("dense", *OURS), 20),
+    Part(("fact_help", "fact_code", "rephrased_union"), BEYOND, CEILING, 20),
+    Part(INFINITE, WITHIN[1:], ("dense", *OURS), 20),
+    Part(RULER, BEYOND[:2], ("tokenselect", *_OTHERS), 20),
+    Part(INFINITE, BEYOND[:2], ("tokenselect", *_OTHERS), 20),
+    Part(RULER, WITHIN[1:], ("dense", *OURS), 100, 20),
+)
