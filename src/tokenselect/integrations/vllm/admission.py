@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.engine.input_processor import InputProcessor
@@ -24,5 +25,9 @@ def install() -> None:
 
 
 def _check(vllm_config: Any, params: Any) -> None:
-    if isinstance(params, SamplingParams):
+    if not isinstance(params, SamplingParams):
+        return
+    try:
         request_settings(read_settings(vllm_config), params.extra_args)
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None

@@ -64,9 +64,7 @@ def install() -> None:
     Phi3LongRoPEScaledRotaryEmbedding.forward = forward_long
 
 
-def _leave_raw(
-    positions: Tensor, query: Tensor, key: Tensor | None = None, *args: Any
-) -> tuple[Tensor, Tensor | None]:
+def _leave_raw(positions: Tensor, query: Tensor, key: Tensor | None = None, *args: Any) -> tuple[Tensor, Tensor | None]:
     return query, key
 
 
