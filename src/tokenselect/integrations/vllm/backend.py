@@ -1,4 +1,4 @@
-"""TokenSelect as an attention backend of vLLM: raw keys in vLLM's own blocks, one call per layer for the whole batch."""
+"""TokenSelect as an attention backend of vLLM: raw keys in vLLM's own blocks, one call a layer for the whole batch."""
 
 from __future__ import annotations
 

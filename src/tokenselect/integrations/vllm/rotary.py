@@ -75,11 +75,12 @@ def take_rope() -> nn.Module:
         NotImplementedError: it asked for none, or for one that is more than a table.
     """
     asked: Any = ropes._ROPE_DICT
-    rope, asked.last = asked.last, None
+    rope: nn.Module | None = asked.last
+    asked.last = None
     if rope is None:
         raise NotImplementedError("TokenSelect: an attention layer without rotary embedding (NoPE) is not supported")
     if type(rope) is Phi3LongRoPEScaledRotaryEmbedding:
-        rope.tokenselect_takes_over = True
+        rope.tokenselect_takes_over = True  # type: ignore[assignment]
     elif type(rope) not in _TABLES:
         raise NotImplementedError(f"TokenSelect: {type(rope).__name__} is not supported")
     return rope

@@ -51,7 +51,8 @@ class TokenSelectScheduler(Scheduler):
         end = start + num_new_tokens
         if end > request.num_prompt_tokens - config.num_tail_tokens:  # from here on each token is a block
             return num_new_tokens
-        return max(0, end // config.block_size * config.block_size - start)
+        whole: int = end // config.block_size * config.block_size
+        return max(0, whole - start)
 
     def _get_computed_blocks(self, request: Any) -> tuple[Any, int, int]:
         blocks, hit, boundary = self._look_up(request)
