@@ -47,7 +47,7 @@ class TokenSelectScheduler(Scheduler):
         if self._attends_whole(request):
             return num_new_tokens
         config = self._config(request)
-        start = request.num_computed_tokens + sum(computed)
+        start: int = request.num_computed_tokens + sum(computed)
         end = start + num_new_tokens
         if end > request.num_prompt_tokens - config.num_tail_tokens:  # from here on each token is a block
             return num_new_tokens
