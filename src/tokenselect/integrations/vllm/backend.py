@@ -1,0 +1,223 @@
+"""TokenSelect as an attention backend of vLLM: raw keys in vLLM's own blocks, one call a layer for the whole batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from tokenselect.integrations.vllm import metrics, refusals
+from tokenselect.integrations.vllm.int8_copy import CopyWork, Int8Copy, plan_copies
+from tokenselect.integrations.vllm.requests import RequestTable, current_requests, watch_batches
+from tokenselect.integrations.vllm.rotary import table_of, take_rope
+from tokenselect.integrations.vllm.settings import read_settings, trained_window
+from tokenselect.integrations.vllm.step import Scoring, Step, plan_step
+from tokenselect.ops import find_backend
+from tokenselect.ops.paging import PageTable
+
+
+class TokenSelectBackend(AttentionBackend):
+    """What vLLM asks of a backend."""
+
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name() -> str:
+        """The registry's name for a backend from outside vLLM."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[TokenSelectImpl]:
+        """One object per layer."""
+        return TokenSelectImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TokenSelectBuilder]:
+        """One object per group of layers."""
+        return TokenSelectBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """All heads of a token side by side: the cache has one row per token."""
+        return (KVCacheLayout.LBNHC,)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """A learned logit per head is taken into the softmax."""
+        return True
+
+
+@dataclass(slots=True)
+class TokenSelectMetadata(AttentionMetadata):
+    """Of one forward pass, shared by its layers; a dummy run has no step."""
+
+    step: Step | None
+    copies: CopyWork | None
+
+
+class TokenSelectBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
+    """Plans a forward pass once for all layers."""
+
+    _cudagraph_support = AttentionCGSupport.NEVER  # which tokens are attended is known only when a layer runs
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        refusals.check(vllm_config, device)
+        self.config = read_settings(vllm_config)
+        self.page_size = kv_cache_spec.block_size
+        self.max_distance = self.config.max_distance or max(1, trained_window(vllm_config) * 7 // 8)
+        layers = [vllm_config.compilation_config.static_forward_context[name].impl for name in layer_names]
+        tables = [table_of(rope, self.config.num_positions, device) for rope in {layer.rope for layer in layers}]
+        if any(not torch.equal(table.cos, tables[0].cos) for table in tables):
+            raise NotImplementedError("TokenSelect: layers with different rotary embeddings are not supported")
+        self.table, self.ops = tables[0], layers[0].ops
+        self.requests = RequestTable(self.config)
+        watch_batches()
+        metrics.announce(self.config, self.ops.NAME, self.page_size)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> TokenSelectMetadata:
+        """Plan the forward pass of a batch."""
+        batch = common_attn_metadata
+        requests = current_requests()
+        bounds = batch.query_start_loc_cpu.tolist()
+        lengths = batch.seq_lens_cpu_upper_bound.tolist()
+        own = [bounds[i + 1] - bounds[i] for i in range(len(requests))] if len(requests) < len(bounds) else []
+        if not requests or not all(own):
+            return TokenSelectMetadata(None, None)  # a dummy run: nobody reads what it computes
+        pairs = [
+            self.requests.enter(request, end - count, end)
+            for request, count, end in zip(requests, own, lengths, strict=False)
+        ]
+        states, stretches = [state for state, _ in pairs], [stretch for _, stretch in pairs]
+        pages = PageTable(batch.block_table_tensor[: len(requests)].long(), self.page_size, [0] * len(requests))
+        step = plan_step(stretches, states, pages, self.table, self.max_distance, self.ops)
+        metrics.count(step)
+        return TokenSelectMetadata(step, plan_copies(stretches, states, pages, self.requests.num_rows))
+
+
+class TokenSelectImpl(AttentionImpl[TokenSelectMetadata]):
+    """Attention of one layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        refusals.check_layer(alibi_slopes, sliding_window, kv_cache_dtype, attn_type, kv_sharing_target_layer_name)
+        vllm_config = get_current_vllm_config()
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.softcap, self.sinks = logits_soft_cap or None, sinks
+        self.rope = take_rope()
+        device = vllm_config.device_config.device
+        config = read_settings(vllm_config)
+        self.ops = find_backend(config.backend, torch.device(device), vllm_config.model_config.dtype, head_size)
+        self._copy: Int8Copy | None = None
+        group = get_tp_group()
+        self._reduce = group.all_reduce if group.world_size > 1 else None
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write raw keys and values of the batch's tokens into their blocks."""
+        keys, values = self._rows(kv_cache)
+        slots = slot_mapping
+        if slots.device.type == "cpu" and bool((slots < 0).any()):  # padding
+            real = slots >= 0
+            slots, key, value = slots[real], key[: len(real)][real], value[: len(real)][real]
+        if slots.device.type == "cuda":
+            self._write_on_gpu(key, value, kv_cache, slots, layer)
+            return
+        keys[slots], values[slots] = key[: len(slots)].to(keys.dtype), value[: len(slots)].to(values.dtype)
+
+    def _write_on_gpu(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor, layer: Any) -> None:
+        """vLLM's own operator skips padding on the device."""
+        from vllm._custom_ops import reshape_and_cache_flash
+
+        by_token = kv_cache.transpose(1, 2)  # [num_blocks, block_size, num_kv_heads, 2 * head_size]
+        into = by_token[..., : self.head_size], by_token[..., self.head_size :]
+        reshape_and_cache_flash(key, value, *into, slots, self.kv_cache_dtype, layer._k_scale, layer._v_scale)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: TokenSelectMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of a batch's queries [num_tokens, num_heads, head_size], into `output`."""
+        step = attn_metadata.step if attn_metadata is not None else None
+        if step is None:  # profiling, warm-up
+            return output.zero_()
+        real = query[: step.num_tokens]
+        keys, values = self._rows(kv_cache)
+        scoring = self._scoring(kv_cache, keys, step, attn_metadata)
+        slots, slot_start_loc = step.attended(layer.layer_name, real, scoring, self.scale, self._reduce)
+        output[: step.num_tokens] = self.ops.sparse_attention(
+            real,
+            keys,
+            values,
+            step.query_start_loc,
+            slots,
+            slot_start_loc,
+            step.cos,
+            step.sin,
+            self.scale,
+            interleaved=step.table.interleaved,
+            softcap=self.softcap,
+            sink_logits=self.sinks,
+        )
+        output[step.num_tokens :].zero_()
+        return output
+
+    def _rows(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [num_rows, num_kv_heads, head_size], a row per token, of vLLM's [B, Hkv, block, 2 * D]."""
+        rows = kv_cache.transpose(1, 2).flatten(0, 1)
+        return rows[..., : self.head_size], rows[..., self.head_size :]
+
+    def _scoring(
+        self, kv_cache: Tensor, keys: Tensor, step: Step, metadata: TokenSelectMetadata | None
+    ) -> Scoring | None:
+        copies = metadata.copies if metadata is not None else None
+        if copies is not None and copies.tokens.shape[0]:
+            if self._copy is None or self._copy.integers.shape[0] != kv_cache.shape[0]:
+                self._copy = Int8Copy(kv_cache[..., : self.head_size])
+            self._copy.update(keys, copies, self.ops)
+        if not step.selections:
+            return None
+        if self._copy is None or copies is None or step.selections[0].config.score_dtype == "same":
+            return Scoring(keys, step.pages)
+        return self._copy.scoring(step.pages, copies)

@@ -1,0 +1,120 @@
+"""What a worker remembers of each request, as long as vLLM keeps the request."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+from tokenselect.config import TokenSelectConfig
+from tokenselect.integrations.ragged import Stretch
+from tokenselect.integrations.vllm.settings import request_settings
+from tokenselect.selection import SelectionState
+
+# The requests of the forward pass that is being prepared, in the order of its rows.
+_BATCH: ContextVar[Sequence[Any]] = ContextVar("batch", default=())
+
+
+def current_requests() -> Sequence[Any]:
+    """The requests of the forward pass that is being prepared; none in a dummy run."""
+    return _BATCH.get()
+
+
+def watch_batches() -> None:
+    """Let vLLM's model runner tell whose attention metadata it builds: the builders are told lengths only."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    original = GPUModelRunner._build_attention_metadata
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def build(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _batch([self.requests[name] for name in self.input_batch.req_ids]):
+            return original(self, *args, **kwargs)
+
+    GPUModelRunner._build_attention_metadata = build
+
+
+@contextmanager
+def _batch(requests: Sequence[Any]) -> Iterator[None]:
+    token = _BATCH.set(requests)
+    try:
+        yield
+    finally:
+        _BATCH.reset(token)
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One request on this worker.
+
+    Attributes:
+        row: its row in tables that have one per request.
+        config: its settings.
+        next_start: where the next forward pass begins, unless the request was preempted.
+        copied: tokens that an int8 copy holds.
+        has_center: whether that copy's center is known.
+        layers: the Selection Cache, by layer name.
+    """
+
+    row: int
+    config: TokenSelectConfig
+    next_start: int = -1
+    copied: int = 0
+    has_center: bool = False
+    layers: defaultdict[str, SelectionState] = field(default_factory=lambda: defaultdict(SelectionState))
+
+    def begin(self, start: int, num_prompt_tokens: int) -> None:
+        """A new request, or one that comes back after preemption: blocks are others, and what was selected is void."""
+        self.layers.clear()
+        self.has_center = False
+        # What a prefix-cache hit brings was copied by the request that computed it: prompts that are attended whole,
+        # and other settings, share no blocks with this one (see the scheduler).
+        is_copied = num_prompt_tokens > self.config.num_dense_tokens and start >= self.config.center_tokens
+        self.copied = start if is_copied else 0
+
+
+class RequestTable:
+    """Requests by the object that vLLM keeps for each; gone when vLLM drops it.
+
+    Args:
+        config: the server's settings.
+    """
+
+    def __init__(self, config: TokenSelectConfig) -> None:
+        self.config = config
+        self._states: dict[int, RequestState] = {}
+        self._free: list[int] = []
+        self.num_rows = 0
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def enter(self, request: Any, start: int, end: int) -> tuple[RequestState, Stretch]:
+        """The state of a request whose tokens `start .. end - 1` go through the model now, and these tokens."""
+        state = self._states.get(id(request)) or self._add(request)
+        length = request.num_prompt_tokens
+        if state.next_start != start:
+            state.begin(start, length)
+        state.next_start = end
+        # What the request wrote itself is read again after preemption: token by token, as it was written.
+        tail = length - min(state.config.num_tail_tokens, length)
+        return state, Stretch(start, end, tail, length)
+
+    def _add(self, request: Any) -> RequestState:
+        params = getattr(request, "sampling_params", None)
+        row = self._free.pop() if self._free else self.num_rows
+        self.num_rows = max(self.num_rows, row + 1)
+        state = RequestState(row, request_settings(self.config, getattr(params, "extra_args", None)))
+        self._states[id(request)] = state
+        weakref.finalize(request, self._leave, id(request))
+        return state
+
+    def _leave(self, key: int) -> None:
+        self._free.append(self._states.pop(key).row)

@@ -1,0 +1,196 @@
+"""One forward pass over vLLM's ragged batch: worked out once, followed by every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from tokenselect.config import TokenSelectConfig
+from tokenselect.integrations.ragged import Stretch, cut_blocks
+from tokenselect.integrations.vllm.requests import RequestState
+from tokenselect.ops import Backend
+from tokenselect.ops.paging import PageTable
+from tokenselect.rotary import RotaryTable
+from tokenselect.selection import (
+    Block,
+    Reduce,
+    SelectionPlan,
+    candidates_end,
+    choose_tokens,
+    plan_selection,
+    select_tokens,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What a layer scores.
+
+    Attributes:
+        keys: [num_rows, num_kv_heads, head_dim], raw, or an int8 copy.
+        pages: where each sequence's tokens lie in it.
+        scales: [num_rows, num_kv_heads], of a copy.
+        center: [num_seqs, num_kv_heads, head_dim], of a copy.
+    """
+
+    keys: Tensor
+    pages: PageTable
+    scales: Tensor | None = None
+    center: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The blocks that select by the same settings."""
+
+    config: TokenSelectConfig
+    plan: SelectionPlan
+    places: list[int]  # of its blocks among all
+    holes: Tensor  # [num_blocks, k] int64, where in the step's slots the chosen tokens go
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What every layer does in one forward pass.
+
+    Attributes:
+        num_tokens: real queries; rows after them are padding.
+        blocks: all blocks, in the order of their queries.
+        query_start_loc: [num_blocks + 1] int64.
+        pages: where each sequence's tokens lie.
+        sequences: [sum of attended] int64, and `positions`: what the blocks attend, with holes for what is chosen.
+        slots: [sum of attended] int64, their rows in the cache.
+        slot_start_loc: [num_blocks + 1] int64.
+        selections: who selects, and by which settings; nobody: every block attends all earlier tokens.
+        states: of the requests, in the batch's order.
+    """
+
+    num_tokens: int
+    blocks: Sequence[Block]
+    query_start_loc: Tensor
+    pages: PageTable
+    slots: Tensor
+    slot_start_loc: Tensor
+    selections: Sequence[Selection]
+    states: Sequence[RequestState]
+    table: RotaryTable
+    cos: Tensor
+    sin: Tensor
+    ops: Backend
+
+    def attended(
+        self, layer: str, queries: Tensor, scoring: Scoring | None, scale: float, reduce: Reduce | None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of the cache that the blocks attend in a layer, one block after the other, and where each begins."""
+        if not self.selections or scoring is None:
+            return self.slots, self.slot_start_loc
+        if any(selection.config.reuse for selection in self.selections):
+            return self._by_state(layer, queries, scoring, scale, reduce)
+        slots = self.slots.clone()
+        for part in self.selections:
+            if not part.config.num_selected_tokens:
+                continue
+            given = queries, scoring.keys, scoring.pages, part.plan, part.config, self.ops, scale
+            chosen = choose_tokens(*given, scoring.scales, scoring.center, reduce)
+            slots[part.holes] = rows_of(self.pages, part.plan.sequences[:, None], chosen)
+        return slots, self.slot_start_loc
+
+    def _by_state(
+        self, layer: str, queries: Tensor, scoring: Scoring, scale: float, reduce: Reduce | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same with the Selection Cache, by which the local window of a block depends on its last selection."""
+        bounds = self.slot_start_loc.tolist()
+        parts = [self.slots[bounds[i] : bounds[i + 1]] for i in range(len(self.blocks))]
+        states = [state.layers[layer] for state in self.states]
+        for part in self.selections:
+            given = queries, scoring.keys, scoring.pages, part.plan, states, part.config, self.ops, scale
+            chosen = select_tokens(*given, scoring.scales, scoring.center, reduce)
+            for place, positions in zip(part.places, chosen, strict=True):
+                parts[place] = self.pages.slots(self.blocks[place].sequence, positions)
+        return torch.cat(parts), torch.tensor([0, *accumulate(part.shape[0] for part in parts)])
+
+
+def rows_of(pages: PageTable, sequences: Tensor, positions: Tensor) -> Tensor:
+    """Rows of the cache that hold `positions` of `sequences` (int64, broadcastable); no padding."""
+    page = pages.pages[sequences, positions // pages.page_size]
+    return page * pages.page_size + positions % pages.page_size
+
+
+def plan_step(
+    stretches: Sequence[Stretch],
+    states: Sequence[RequestState],
+    pages: PageTable,
+    table: RotaryTable,
+    max_distance: int,
+    ops: Backend,
+) -> Step:
+    """Work out one forward pass.
+
+    Args:
+        stretches: the tokens of each sequence that go through the model now.
+        states: of their requests.
+        pages: where each sequence's tokens lie.
+        table: rotations of the model.
+        max_distance: largest distance for scoring.
+        ops: the backend.
+    """
+    first_queries = [0, *accumulate(stretch.end - stretch.start for stretch in stretches)]
+    blocks: list[Block] = []
+    selecting: dict[TokenSelectConfig, list[int]] = {}
+    for sequence, (stretch, state) in enumerate(zip(stretches, states, strict=True)):
+        for block in cut_blocks(sequence, stretch, first_queries[sequence], state.config):
+            if not stretch.covers(state.config, block):
+                selecting.setdefault(state.config, []).append(len(blocks))
+            blocks.append(block)
+    settings = {place: config for config, places in selecting.items() for place in places}
+    positions = [_positions(block, settings.get(i), table.cos.device) for i, block in enumerate(blocks)]
+    lengths = torch.tensor([part.shape[0] for part in positions], device=table.cos.device)
+    sequences = torch.tensor([block.sequence for block in blocks], device=lengths.device)
+    start_loc = torch.tensor([0, *accumulate(part.shape[0] for part in positions)])
+    cos, sin = table.rotation(slice(None), torch.float32)
+    return Step(
+        first_queries[-1],
+        blocks,
+        torch.tensor([0, *accumulate(block.end - block.start for block in blocks)]),
+        pages,
+        rows_of(pages, torch.repeat_interleave(sequences, lengths), torch.cat(positions)),
+        start_loc,
+        [
+            _selection(config, [blocks[place] for place in places], places, start_loc, table, max_distance)
+            for config, places in selecting.items()
+        ],
+        states,
+        table,
+        cos,
+        sin,
+        ops,
+    )
+
+
+def _positions(block: Block, config: TokenSelectConfig | None, device: torch.device) -> Tensor:
+    """What a block attends; zeros where the chosen tokens go."""
+    if config is None:
+        return torch.arange(block.end, device=device)
+    window = candidates_end(block, config)
+    sinks = torch.arange(min(config.num_sink_tokens, window), device=device)
+    holes = sinks.new_zeros(config.num_selected_tokens)
+    return torch.cat((sinks, holes, torch.arange(window, block.end, device=device)))
+
+
+def _selection(
+    config: TokenSelectConfig,
+    blocks: list[Block],
+    places: list[int],
+    start_loc: Tensor,
+    table: RotaryTable,
+    max_distance: int,
+) -> Selection:
+    device = table.cos.device
+    # a block that selects has more candidates than k, so all sinks lie before its window
+    first = start_loc[torch.tensor(places)].to(device) + config.num_sink_tokens
+    holes = first[:, None] + torch.arange(config.num_selected_tokens, device=device)
+    return Selection(config, plan_selection(blocks, config, table, max_distance), places, holes)

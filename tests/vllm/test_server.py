@@ -1,0 +1,116 @@
+"""`tokenselect serve` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PORT = 8719
+URL = f"http://127.0.0.1:{PORT}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
+    """The embedded model, served."""
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command = ["serve", "--port", str(PORT), "--max-model-len", "20000", "--enforce-eager"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name("tokenselect"), *command], stdout=out, stderr=out, env=environment
+        )
+        try:
+            _wait(process, log)
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(600):
+        assert process.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(f"{URL}/health")
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(log.read_text())
+
+
+def _post(body: bytes) -> tuple[int, Any]:
+    request = urllib.request.Request(f"{URL}/v1/completions", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def _complete(prompt: str, **more: Any) -> tuple[int, Any]:
+    body = {"model": "smollm2", "prompt": prompt, "max_tokens": 8, "temperature": 0, **more}
+    return _post(json.dumps(body).encode())
+
+
+def _metric(name: str) -> float:
+    lines = urllib.request.urlopen(f"{URL}/metrics").read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def test_a_pass_key_beyond_the_window_is_found_and_counted(server: object) -> None:
+    from transformers import AutoTokenizer
+
+    from tokenselect.embedded import embedded_model_path
+    from tokenselect.evals.needle import is_right, passkey, raw_prompt
+
+    sample = passkey(AutoTokenizer.from_pretrained(embedded_model_path()), 16_000, 0.3, "pass key")
+    status, answer = _complete(raw_prompt(sample))
+    assert status == 200
+    assert is_right(answer["choices"][0]["text"], sample)
+    attended, available = (_metric(f"vllm:tokenselect_{name}_tokens_total") for name in ("attended", "available"))
+    assert 0 < attended < available / 2
+
+
+@pytest.mark.parametrize("knob", [{"tokenselect_k": 9999}, {"tokenselect_k": 0}, {"tokenselect_unknown": 1}])
+def test_wrong_knobs_are_the_clients_mistake(server: object, knob: dict[str, int]) -> None:
+    status, answer = _complete("x", vllm_xargs=knob)
+    assert status == 400
+    assert next(iter(knob)) in answer["error"]["message"]
+
+
+def test_malformed_and_overlong_requests_are_the_clients_mistake(server: object) -> None:
+    assert _post(b'{"model":')[0] in (400, 422)
+    assert _complete("word " * 30_000)[0] == 400
+
+
+def test_a_client_that_hangs_up_frees_its_blocks(server: object) -> None:
+    body = {"model": "smollm2", "prompt": "Once upon a time", "max_tokens": 15_000, "stream": True, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{URL}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as stream:
+        stream.readline()
+        assert _metric("vllm:num_requests_running") == 1
+    deadline = time.monotonic() + 60
+    while _metric("vllm:num_requests_running") or _metric("vllm:kv_cache_usage_perc"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_the_server_ends_when_it_is_told_to(server: subprocess.Popen[bytes]) -> None:
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(60) in (0, -signal.SIGTERM)
