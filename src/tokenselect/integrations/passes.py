@@ -15,6 +15,7 @@ from tokenselect.ops import Backend
 from tokenselect.ops.paging import PageTable
 from tokenselect.rotary import RotaryTable
 from tokenselect.selection import Block, SelectionPlan, block_starts, plan_selection, select_tokens
+from tokenselect.trace.recorder import Recorder, Selected
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Pass:
         plan: of those that select, and `selecting`, their places in `blocks`; the others attend all earlier tokens.
         padding: rows before each sequence's first token.
         rows: [real queries] int64 into the [B * Tq] queries; None: there is no padding among them.
+        recorder: who is told what was selected; None: nobody.
     """
 
     blocks: Sequence[Block]
@@ -39,6 +41,7 @@ class Pass:
     interleaved: bool
     config: TokenSelectConfig
     ops: Backend
+    recorder: Recorder | None = None
     _whole: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by page size: layers share it
 
     def attend(
@@ -80,6 +83,10 @@ class Pass:
             return self._whole[pages.page_size]
         keys, *copy = layer.scoring_rows(self.padding)
         chosen = select_tokens(queries, keys, pages, self.plan, layer.states, self.config, self.ops, scale, *copy)
+        if self.recorder is not None:
+            raw = layer.rows()[0]
+            done = Selected(queries, keys, pages, self.plan, layer.states, self.config, scale, raw, chosen, *copy)
+            self.recorder.record(layer.index, done)
         return self._rows_of(pages, dict(zip(self.selecting, chosen, strict=True)), queries.device)
 
     def _rows_of(self, pages: PageTable, selected: dict[int, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -101,6 +108,7 @@ def plan_pass(
     length: int,
     tail_start: int,
     known_length: int,
+    recorder: Recorder | None = None,
 ) -> Pass:
     """Work out one forward pass over a batch of sequences.
 
@@ -114,6 +122,7 @@ def plan_pass(
         length: tokens of this pass, padding included.
         tail_start: from there on, padding included, every prompt token selects for itself.
         known_length: tokens that the context is known to have, padding included: those of the whole prompt.
+        recorder: who is told what was selected.
     """
     blocks = _blocks(config, padding, past, length, tail_start, known_length)
     selecting = [i for i, block in enumerate(blocks) if not _is_covered(block, config, known_length, padding)]
@@ -133,6 +142,7 @@ def plan_pass(
         table.interleaved,
         config,
         ops,
+        recorder,
     )
 
 

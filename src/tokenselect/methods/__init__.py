@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tokenselect.config import TokenSelectConfig
+    from tokenselect.trace.recorder import Recorder
 
 METHODS = ("tokenselect", "streaming", "dense")
 
@@ -49,6 +50,7 @@ def attach(
     method: str,
     config: TokenSelectConfig,
     on_prefill: Callable[[int, int], None] | None = None,
+    recorder: Recorder | None = None,
 ) -> AbstractContextManager[Any]:
     """Let a model run with a method as long as the returned context is entered.
 
@@ -59,6 +61,7 @@ def attach(
         on_prefill: called with (tokens read, tokens to read) while a prompt is read, in the thread that
             generates. For "dense", whose prompt goes through in one pass, the share of layers done stands
             for the share of tokens.
+        recorder: is told what is selected; dense attention selects nothing.
 
     Returns:
         A context manager that has not been entered; the model is checked already.
@@ -75,4 +78,4 @@ def attach(
         return dense(model, on_prefill)
     from tokenselect.integrations.transformers import TokenSelect
 
-    return TokenSelect(model, settings, on_prefill)
+    return TokenSelect(model, settings, on_prefill, recorder)
