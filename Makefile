@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 LLAMA := .venv-llama
 DEMO_ARGS ?=
 
-.PHONY: demo test test-gpu bench-gpu test-sanitize test-aarch64 lint bench report answers llama clean
+.PHONY: demo test test-browser test-gpu bench-gpu test-sanitize test-aarch64 lint bench report answers llama clean
 
 $(VENV)/.base: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,7 +35,15 @@ bench-gpu:  ## attention of one layer on the GPU against the best dense kernel: 
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
 
 test: $(VENV)/.package $(VENV)/.data
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --ignore tests/inspect/browser
+	@echo "Not among them: the tests of the page that 'tokenselect inspect' writes need Chromium: make test-browser"
+
+$(VENV)/.browser: $(VENV)/.package
+	$(PIP) --editable ".[browser]"
+	touch $@
+
+test-browser: $(VENV)/.browser $(VENV)/.data  ## the page that 'tokenselect inspect' writes, in Chromium (apt-get install chromium)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/inspect/browser
 
 # The sanitizers' libraries come first, before any code that they watch, and with them that of C++, whose exceptions
 # they intercept. Python and PyTorch keep memory until they end: leaks are not looked for, everything else is.
