@@ -1,4 +1,4 @@
-"""The page in a browser: sliders change the heat, the needle is the hottest, text stays text, large pages stay light."""
+"""The page in a browser: sliders change the heat, the needle is hottest, text stays text, large pages stay light."""
 
 from __future__ import annotations
 
