@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 LLAMA := .venv-llama
 DEMO_ARGS ?=
 
-.PHONY: demo test test-browser test-gpu bench-gpu test-sanitize test-aarch64 lint bench report answers llama clean
+.PHONY: demo test test-browser docs cli-reference test-gpu bench-gpu test-sanitize test-aarch64 lint bench report answers llama clean
 
 $(VENV)/.base: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -70,6 +70,16 @@ test-aarch64:  ## every source compiles for aarch64, and its kernels give the ri
 	aarch64-linux-gnu-g++ -std=c++20 -O2 -Wall -Wno-psabi -Wno-maybe-uninitialized -static -DTS_ISA=portable \
 		$(KERNELS:%=csrc/%.cpp) csrc/dispatch.cpp tests/native/check_portable.cpp -o build/aarch64/check
 	qemu-aarch64-static build/aarch64/check
+
+$(VENV)/.docs: $(VENV)/.package
+	$(PIP) --editable ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs  ## the documentation as a site: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+cli-reference: $(VENV)/.package  ## docs/cli.md, from the command line's own help
+	$(BIN)/python -m typer tokenselect.cli utils docs --name tokenselect --title "Command line" --output docs/cli.md
 
 lint: $(VENV)/.package
 	$(BIN)/ruff check .

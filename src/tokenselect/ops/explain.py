@@ -27,11 +27,17 @@ def votes_by_head(
     """Each head's part in the votes that one block gives to some of its candidates.
 
     Args:
-        queries: [1, num_q_heads, head_dim] float32, as `score_tokens` takes them.
-        keys, pages, candidates, distances, scale, context, key_scales, key_center: as `score_tokens` takes them, of
-            one block.
+        queries: [1, num_q_heads, head_dim] float32; this, and what is not said here, as `score_tokens` takes it.
+        keys: [num_rows, num_kv_heads, head_dim], raw, or an int8 copy.
+        pages: where the tokens lie.
         sequence: the block's sequence.
+        candidates: [1, 2] int64, first and one past the last position that may be chosen.
+        distances: one or more views.
+        scale: factor of the logits.
         positions: [k] int64, positions in the sequence.
+        context: [1, 2] int64, the positions that a head's softmax covers; the candidates where not given.
+        key_scales: [num_rows, num_kv_heads] float32, those of an int8 copy.
+        key_center: [num_seqs, num_kv_heads, head_dim] float32, that of an int8 copy.
 
     Returns:
         [k, num_q_heads] float32 >= 0. Summed over the heads it is what `score_tokens` gives to these candidates; a
