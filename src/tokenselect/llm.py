@@ -17,9 +17,8 @@ from tokenselect.methods import attach, method_config
 from tokenselect.models import LoadedModel, load_model
 from tokenselect.sampling import Sampling, SamplingOptions
 from tokenselect.stats import Counts, Stats, cached_bytes, rates
-from tokenselect.trace.record import make_trace
+from tokenselect.trace.answers import trace_answer
 from tokenselect.trace.recorder import Recorder
-from tokenselect.trace.text import token_texts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -272,7 +271,9 @@ class LLM:
                     context.update_ids(ids + run.tokens)
                     counts = Counts.of(context.cache).since(before)
                     self.stats = self._measure(run, start, len(ids), cached, counts, context.cache, peak)
-                    self.trace = self._make_trace(ids, run.tokens)
+                    if self._recorder is not None:
+                        known = self.loaded.tokenizer, self.loaded.name, self._settings or self.config
+                        self.trace = trace_answer(self._recorder, *known, ids, run.tokens)
         finally:
             self._running = None
             self._lock.release()
@@ -284,18 +285,6 @@ class LLM:
             fresh = self._new_context()
             context.cache, context.ids = fresh.cache, fresh.ids
         return len(context.ids)
-
-    def _make_trace(self, ids: list[int], written: list[int]) -> Trace | None:
-        if self._recorder is None:
-            return None
-        assert self._settings is not None
-        facts = {
-            "model": self.loaded.name,
-            "method": self.method,
-            "trained_window": self.loaded.trained_window,
-            "config": asdict(self._settings),
-        }
-        return make_trace(self._recorder, facts, *token_texts(self.loaded.tokenizer, ids + written), len(ids))
 
     def _measure(
         self,

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from traces import made_trace
 
-from tests.trace.made import made_trace
 from tokenselect.inspect import page, write_page
 from tokenselect.inspect.page import make_page
 from tokenselect.trace import Trace

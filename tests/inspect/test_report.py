@@ -7,8 +7,8 @@ import re
 
 import numpy as np
 import pytest
+from traces import FACTS, made_trace
 
-from tests.trace.made import FACTS, made_trace
 from tokenselect.inspect import as_dict, as_text
 
 

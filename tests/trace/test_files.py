@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from traces import FACTS, made_trace
 
-from tests.trace.made import FACTS, made_trace
 from tokenselect.trace import Trace, TraceError, load_trace, save_trace
 
 
@@ -135,6 +135,7 @@ def test_an_archive_that_unpacks_to_too_much(tmp_path: Path, monkeypatch: pytest
         json.dumps({**FACTS, "format": 1}).encode(),
         json.dumps({"format": 1, "num_prompt_tokens": 100, "config": {"num_sink_tokens": -1}}).encode(),
         json.dumps({"format": 1, "num_prompt_tokens": 100, "config": []}).encode(),
+        json.dumps({**FACTS, "format": 1, "num_prompt_tokens": 100, "dropped_steps": "many"}).encode(),
         json.dumps({**FACTS, "format": 1, "num_prompt_tokens": 0}).encode(),
         json.dumps({**FACTS, "format": 1, "num_prompt_tokens": 104}).encode(),
         json.dumps({**FACTS, "format": 1, "num_prompt_tokens": "100"}).encode(),
@@ -166,6 +167,8 @@ def test_wrong_facts(facts: bytes, tmp_path: Path) -> None:
         ("windows", np.full((3, 2), 1000, np.int32)),
         ("windows", np.zeros((2, 2), np.int32)),
         ("served", np.zeros((3, 2), np.int16)),
+        ("served", np.full((3, 2), 2, np.int8)),
+        ("mass", np.full((3, 2), 2, np.float32)),
         ("mass", np.zeros(6, np.float32)),
         ("text", np.frombuffer(b"\xff" * 10, np.uint8)),
     ],

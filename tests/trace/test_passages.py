@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from traces import made_trace
 
-from tests.trace.made import made_trace
 from tokenselect.trace import find_passages
 from tokenselect.trace.passages import passage_bounds
 

@@ -81,7 +81,7 @@ def attention_mass(
         interleaved: layout of the dimension pairs.
 
     Returns:
-        From 0 to 1, the mean over the heads.
+        From 0 to 1, the mean over the heads, by a plain softmax: without soft cap and learned sinks.
     """
     end = int(attended[-1]) + 1
     rows = pages.rows(keys, sequence, 0, end).transpose(0, 1)

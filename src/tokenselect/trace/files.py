@@ -6,6 +6,7 @@ import json
 import math
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -124,9 +125,8 @@ def _build(arrays: dict[str, NDArray[Any]]) -> Trace:
 def _check(trace: Trace) -> None:
     """What every reader relies on."""
     cells = trace.num_steps * trace.num_layers
-    sinks = trace.facts.get("config", {}).get("num_sink_tokens") if _has_config(trace) else None
     rules = {
-        "its facts name no settings": type(sinks) is int and sinks >= 0,
+        "its facts name no settings": _has_facts(trace.facts),
         "tokens do not follow each other in its text": _ascends(trace.starts, 0, len(trace.text)),
         "it has no prompt": 0 < trace.num_prompt_tokens <= trace.num_tokens,
         "it has more steps than tokens": trace.num_steps <= trace.num_tokens - trace.num_prompt_tokens,
@@ -142,15 +142,25 @@ def _check(trace: Trace) -> None:
         "its votes are not those of its tokens": len(trace.indices) == len(trace.votes) == len(trace.head_shares),
         "it has a position outside the text": _within(trace.indices, trace.num_tokens)
         and _within(trace.windows, trace.num_tokens + 1),
-        "it has a vote that is no share": bool(((trace.votes >= 0) & (trace.votes <= 1.01)).all()),
+        "it has a vote that is no share": _are_shares(trace.votes),
+        "it has attention that is no share": _are_shares(trace.mass[~np.isnan(trace.mass)]),
+        "it has a step that was neither served nor not": bool(np.isin(trace.served, (-1, 0, 1)).all()),
     }
     for reason, holds in rules.items():
         if not holds:
             raise ValueError(reason)
 
 
-def _has_config(trace: Trace) -> bool:
-    return isinstance(trace.facts.get("config"), dict)
+def _has_facts(facts: Mapping[str, Any]) -> bool:
+    config = facts.get("config")
+    if not isinstance(config, dict):
+        return False
+    numbers = [facts.get("dropped_steps", 0), *(config.get(name) for name in ("num_sink_tokens", "num_dense_tokens"))]
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _are_shares(values: NDArray[Any]) -> bool:
+    return bool(((values >= 0) & (values <= 1.01)).all())  # rounded
 
 
 def _ascends(values: NDArray[Any], low: int, high: int) -> bool:

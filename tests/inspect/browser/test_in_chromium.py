@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tab import Tab
+from traces import made_trace
 
-from tests.trace.made import made_trace
 from tokenselect.inspect import write_page
 from tokenselect.trace import Trace
 
