@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 LLAMA := .venv-llama
 DEMO_ARGS ?=
+EXTRAS ?= test,lint
 
 .PHONY: demo test test-browser docs cli-reference test-gpu bench-gpu test-sanitize test-aarch64 lint bench report answers llama clean
 
@@ -21,7 +22,7 @@ $(VENV)/.data: $(VENV)/.base
 
 # One installation serves every target, so that the kernels are compiled once.
 $(VENV)/.package: $(VENV)/.base pyproject.toml setup.py $(wildcard csrc/*)
-	$(PIP) --editable ".[test,lint]"
+	$(PIP) --editable ".[$(EXTRAS)]"
 	touch $@
 
 demo: $(VENV)/.package $(VENV)/.data  ## find facts in documents twice as long as the model's window
@@ -39,7 +40,7 @@ test: $(VENV)/.package $(VENV)/.data
 	@echo "Not among them: the tests of the page that 'tokenselect inspect' writes need Chromium: make test-browser"
 
 $(VENV)/.browser: $(VENV)/.package
-	$(PIP) --editable ".[browser]"
+	$(BIN)/python -c "import playwright" 2> /dev/null || $(PIP) --editable ".[browser]"
 	touch $@
 
 test-browser: $(VENV)/.browser $(VENV)/.data  ## the page that 'tokenselect inspect' writes, in Chromium (apt-get install chromium)
@@ -72,7 +73,7 @@ test-aarch64:  ## every source compiles for aarch64, and its kernels give the ri
 	qemu-aarch64-static build/aarch64/check
 
 $(VENV)/.docs: $(VENV)/.package
-	$(PIP) --editable ".[docs]"
+	$(BIN)/python -c "import mkdocs" 2> /dev/null || $(PIP) --editable ".[docs]"
 	touch $@
 
 docs: $(VENV)/.docs  ## the documentation as a site: build/site/index.html
