@@ -45,7 +45,7 @@ function depthChart(root, trace, onToken) {
 // Layers against positions; the colour is the strongest vote in the tokens written that are looked at.
 function mapChart(root, trace, onCell) {
   const count = Math.min(MAP_BINS, trace.numTokens), size = trace.numTokens / count;
-  let rows = [], top = 0, chosen = -1;
+  let rows = [], shown = null, top = 0, chosen = -1;
   const draw = (chart) => {
     const { ctx } = chart;
     const y = (layer) => chart.valToPos(layer, "y", true), x = (token) => chart.valToPos(token, "x", true);
@@ -71,8 +71,8 @@ function mapChart(root, trace, onCell) {
   onClick(chart, (token, layer) => onCell(Math.round(token), Math.min(trace.numLayers - 1, Math.max(0, Math.round(layer)))));
   return {
     show(step, layer, scale) {
-      rows = Array.from({ length: trace.numLayers }, (_, l) => binned(heatOf(trace, step, l), count));
-      [top, chosen] = [scale, layer];
+      if (step !== shown) rows = Array.from({ length: trace.numLayers }, (_, l) => binned(heatOf(trace, step, l), count));
+      [shown, top, chosen] = [step, scale, layer];
       chart.redraw();
     },
     redraw: () => chart.redraw(),
