@@ -7,8 +7,9 @@ LLAMA := .venv-llama
 VLLM := .venv-vllm
 SERVE_ARGS ?=
 DEMO_ARGS ?=
+EXTRAS ?= test,lint
 
-.PHONY: demo serve test test-vllm test-gpu bench-gpu test-sanitize test-aarch64 lint bench report answers llama clean
+.PHONY: demo serve test test-browser test-vllm docs cli-reference test-gpu bench-gpu test-sanitize test-aarch64 lint bench report answers llama clean
 
 $(VENV)/.base: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +24,7 @@ $(VENV)/.data: $(VENV)/.base
 
 # One installation serves every target, so that the kernels are compiled once.
 $(VENV)/.package: $(VENV)/.base pyproject.toml setup.py $(wildcard csrc/*)
-	$(PIP) --editable ".[test,lint]"
+	$(PIP) --editable ".[$(EXTRAS)]"
 	touch $@
 
 demo: $(VENV)/.package $(VENV)/.data  ## find facts in documents twice as long as the model's window
@@ -37,7 +38,15 @@ bench-gpu:  ## attention of one layer on the GPU against the best dense kernel: 
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
 
 test: $(VENV)/.package $(VENV)/.data
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --ignore tests/inspect/browser
+	@echo "Not among them: the tests of the page that 'tokenselect inspect' writes need Chromium: make test-browser"
+
+$(VENV)/.browser: $(VENV)/.package
+	$(BIN)/python -c "import playwright" 2> /dev/null || $(PIP) --editable ".[browser]"
+	touch $@
+
+test-browser: $(VENV)/.browser $(VENV)/.data  ## the page that 'tokenselect inspect' writes, in Chromium (apt-get install chromium)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/inspect/browser
 
 # The sanitizers' libraries come first, before any code that they watch, and with them that of C++, whose exceptions
 # they intercept. Python and PyTorch keep memory until they end: leaks are not looked for, everything else is.
@@ -64,6 +73,16 @@ test-aarch64:  ## every source compiles for aarch64, and its kernels give the ri
 	aarch64-linux-gnu-g++ -std=c++20 -O2 -Wall -Wno-psabi -Wno-maybe-uninitialized -static -DTS_ISA=portable \
 		$(KERNELS:%=csrc/%.cpp) csrc/dispatch.cpp tests/native/check_portable.cpp -o build/aarch64/check
 	qemu-aarch64-static build/aarch64/check
+
+$(VENV)/.docs: $(VENV)/.package
+	$(BIN)/python -c "import mkdocs" 2> /dev/null || $(PIP) --editable ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs  ## the documentation as a site: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+cli-reference: $(VENV)/.package  ## docs/cli.md, from the command line's own help
+	$(BIN)/python -m typer tokenselect.cli utils docs --name tokenselect --title "Command line" --output docs/cli.md
 
 lint: $(VENV)/.package
 	$(BIN)/ruff check .

@@ -69,6 +69,8 @@ def test_one_wheel_serves_every_python(sdist: Path, tmp_path: Path) -> None:
     assert "tokenselect/ops/_kernels.so" in names
     assert "tokenselect/ops/_kernels_missing.txt" not in names
     assert "tokenselect/py.typed" in names
+    assets = [path for path in (ROOT / "src/tokenselect/inspect/assets").rglob("*") if path.is_file()]
+    assert {path.relative_to(ROOT / "src").as_posix() for path in assets} <= set(names)
     assert "Root-Is-Purelib: false" in metadata
     assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]
 

@@ -15,9 +15,9 @@ PACKAGE = ROOT / "src" / "tokenselect"
 LAYERS = [
     {"cli", "demo"},
     {"llm", "generation", "sampling"},
-    {"methods", "evals", "models", "embedded", "measure", "memory", "stats"},
+    {"methods", "evals", "models", "embedded", "measure", "memory", "stats", "inspect"},
     {"integrations"},
-    {"cache"},
+    {"cache", "trace"},
     {"selection"},
     {"rotary", "config", "hardware"},
     {"ops"},

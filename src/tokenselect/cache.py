@@ -92,13 +92,14 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
 
     Args:
         owner: shared by the layers of a cache.
+        index: of the layer in its model.
     """
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, owner: Owner) -> None:
-        self.owner = owner
+    def __init__(self, owner: Owner, index: int = 0) -> None:
+        self.owner, self.index = owner, index
         self.handed: tuple[Tensor, Tensor] | None = None  # what the host got: it must come back unchanged
         self._own: _Buffers | None = None
         self.is_initialized = False

@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import Cache, DynamicCache
 
@@ -17,11 +17,16 @@ from tokenselect.methods import attach, method_config
 from tokenselect.models import LoadedModel, load_model
 from tokenselect.sampling import Sampling, SamplingOptions
 from tokenselect.stats import Counts, Stats, cached_bytes, rates
+from tokenselect.trace.answers import trace_answer
+from tokenselect.trace.recorder import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
     from typing import Unpack
+
+    from tokenselect.trace.record import Trace
 
     Prompt = str | Sequence[Mapping[str, str]]
     OnPrefill = Callable[[int, int], None]
@@ -76,13 +81,15 @@ class LLM:
         allow_pickle: also load weights that exist only as pickles.
         trust_remote_code: run Python code that comes with the model.
         progress: called with one sentence when something slow starts: a conversion or a download.
+        trace: record what every layer selects for every token of an answer, which takes longer.
 
     Attributes:
         stats: numbers of the last answer; None before the first one.
+        trace: what was read for the last answer; None before the first one, or where it is not recorded.
 
     Raises:
         ModelError: the model cannot be loaded.
-        ValueError: no such method, or the budget is larger than the trained window.
+        ValueError: no such method, one that a trace cannot record, or the budget is larger than the trained window.
         NotImplementedError: the method cannot serve this model.
         BackendUnavailable: a backend asked for by name cannot run.
 
@@ -103,7 +110,10 @@ class LLM:
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
         progress: Callable[[str], None] | None = None,
+        trace: bool = False,
     ) -> None:
+        if trace and method != "tokenselect":
+            raise ValueError(f"a trace records what is selected: method must be 'tokenselect', got {method!r}")
         self.config = config or TokenSelectConfig()
         self.method = method
         self._settings = method_config(method, self.config)  # before the model, which takes time
@@ -123,6 +133,8 @@ class LLM:
         if self._settings is not None:
             self._settings = self._settings.for_window(self.loaded.trained_window)
         self.stats: Stats | None = None
+        self.trace: Trace | None = None
+        self._recorder = Recorder(self.loaded.trained_window) if trace else None
         self._running: Generation | None = None
         self._lock = Lock()
         self._users = 0
@@ -212,7 +224,7 @@ class LLM:
     def attached(self) -> Iterator[None]:
         """Keep the method in the model; nested uses share it."""
         if not self._users:
-            self._attached.enter_context(attach(self.loaded.model, self.method, self.config, self._report))
+            self._attached.enter_context(self._attach())
         self._users += 1
         try:
             yield
@@ -220,6 +232,9 @@ class LLM:
             self._users -= 1
             if not self._users:
                 self._attached.close()
+
+    def _attach(self) -> AbstractContextManager[Any]:
+        return attach(self.loaded.model, self.method, self.config, self._report, self._recorder)
 
     def _report(self, done: int, total: int) -> None:
         if self._running is not None:
@@ -247,6 +262,8 @@ class LLM:
                 start, peak = time.perf_counter(), PeakMemory(self.loaded.model.device)
                 cached = self._keep_prefix(context, ids)
                 before = Counts.of(context.cache)
+                if self._recorder is not None:
+                    self._recorder.begin(len(ids) - 1)
                 run = self._running = Generation(self.loaded, ids, context.cache, sampling, on_prefill)
                 try:
                     yield from run.pieces()
@@ -254,6 +271,9 @@ class LLM:
                     context.update_ids(ids + run.tokens)
                     counts = Counts.of(context.cache).since(before)
                     self.stats = self._measure(run, start, len(ids), cached, counts, context.cache, peak)
+                    if self._recorder is not None:
+                        known = self.loaded.tokenizer, self.loaded.name, self._settings or self.config
+                        self.trace = trace_answer(self._recorder, *known, ids, run.tokens)
         finally:
             self._running = None
             self._lock.release()

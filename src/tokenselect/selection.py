@@ -49,6 +49,7 @@ class SelectionState:
     query: Tensor | None = None  # [Hq, D], the query of the last selection
     indices: Tensor | None = None  # [k], what it chose
     window_start: int = 0  # where the local window began then: nothing between is lost by reuse
+    served: bool | None = None  # whether the last step reused it; None: that was not asked
     lookups: int = 0
     hits: int = 0
     attended: int = 0  # tokens attended by the queries that selected, and tokens that there were for them
@@ -192,6 +193,7 @@ def select_tokens(
     attended = []
     for row, block in enumerate(plan.blocks):
         state, window = states[block.sequence], candidates_end(block, config)
+        state.served = row not in chosen if plan.may_reuse else None
         if row in chosen:
             state.indices, state.window_start = chosen[row], window
             state.query = queries[block.queries].float().mean(0) if config.reuse else None
@@ -223,7 +225,6 @@ def choose_tokens(
     """
     table = plan.table
     pooled = ops.pool_queries(queries, plan.starts, plan.counts, table.cos, table.sin, table.interleaved)
-    factor = scale * table.attention_factor**2 if config.scale_votes else 1.0
     votes, start_loc = ops.score_tokens(
         pooled,
         keys,
@@ -231,7 +232,7 @@ def choose_tokens(
         plan.sequences,
         plan.candidates,
         plan.distances,
-        factor,
+        vote_scale(scale, table, config),
         plan.context,
         key_scales,
         key_center,
@@ -241,6 +242,11 @@ def choose_tokens(
     if config.smoothing_window > 1:
         votes = _smooth(votes, start_loc, config.smoothing_window)
     return ops.topk_tokens(votes, start_loc, config.num_selected_tokens) + config.num_sink_tokens
+
+
+def vote_scale(scale: float, table: RotaryTable, config: TokenSelectConfig) -> float:
+    """Factor of the logits of the vote, for a factor `scale` of the attention logits."""
+    return scale * table.attention_factor**2 if config.scale_votes else 1.0
 
 
 def _reuse(

@@ -1,4 +1,4 @@
-"""The command line: `tokenselect generate | chat | info | bench | demo | eval | serve`.
+"""The command line: `tokenselect generate | chat | inspect | info | bench | demo | eval | serve`.
 
 Heavy libraries are imported by the commands that need them, so that help and completion are quick.
 """
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import tokenselect
-from tokenselect.cli import bench, chat, demo, eval, generate, info, serve
+from tokenselect.cli import bench, chat, demo, eval, generate, info, inspect, serve
 from tokenselect.cli.errors import failure
 from tokenselect.cli.flags import command
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("generate")(command(generate.generate))
 app.command("chat")(command(chat.chat))
+app.command("inspect")(command(inspect.inspect))
 app.command("info")(command(info.info))
 app.command("bench")(command(bench.bench))
 app.command("demo")(command(demo.demo))

@@ -16,6 +16,7 @@ from tokenselect.ops import Backend
 from tokenselect.ops.paging import PageTable
 from tokenselect.rotary import RotaryTable
 from tokenselect.selection import Block, Select, SelectionPlan, plan_selection, select_tokens
+from tokenselect.trace.recorder import Recorder, Selected
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Pass:
         padding: rows before each sequence's first token.
         rows: [real queries] int64 into the [B * Tq] queries; None: there is no padding among them.
         select: `select_tokens`, or another method's.
+        recorder: who is told what was selected; None: nobody.
     """
 
     blocks: Sequence[Block]
@@ -42,6 +44,7 @@ class Pass:
     config: TokenSelectConfig
     ops: Backend
     select: Select = select_tokens
+    recorder: Recorder | None = None
     _whole: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by page size: layers share it
 
     def attend(
@@ -83,6 +86,10 @@ class Pass:
             return self._whole[pages.page_size]
         keys, *copy = layer.scoring_rows(self.padding)
         chosen = self.select(queries, keys, pages, self.plan, layer.states, self.config, self.ops, scale, *copy)
+        if self.recorder is not None:
+            raw = layer.rows()[0]
+            done = Selected(queries, keys, pages, self.plan, layer.states, self.config, scale, raw, chosen, *copy)
+            self.recorder.record(layer.index, done)
         return self._rows_of(pages, dict(zip(self.selecting, chosen, strict=True)), queries.device)
 
     def _rows_of(self, pages: PageTable, selected: dict[int, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -105,6 +112,7 @@ def plan_pass(
     tail_start: int,
     known_length: int,
     select: Select = select_tokens,
+    recorder: Recorder | None = None,
 ) -> Pass:
     """Work out one forward pass over a batch of sequences.
 
@@ -119,6 +127,7 @@ def plan_pass(
         tail_start: from there on, padding included, every prompt token selects for itself.
         known_length: tokens that the context is known to have, padding included: those of the whole prompt.
         select: `select_tokens`, or another method's.
+        recorder: who is told what was selected.
     """
     stretches = [
         Stretch(max(0, past - pad), max(0, past + length - pad), tail_start - pad, known_length - pad)
@@ -143,6 +152,7 @@ def plan_pass(
         config,
         ops,
         select,
+        recorder,
     )
 
 

@@ -33,6 +33,7 @@ from tokenselect.integrations.steps import Steps, quicken_linears
 from tokenselect.integrations.undo import override, put_back
 from tokenselect.ops import find_backend
 from tokenselect.selection import Select, select_tokens
+from tokenselect.trace.recorder import Recorder
 
 _PREFIX = "tokenselect_over_"
 _WORTH_TRACING = 3  # chunks of one length in a prompt; decode steps always are
@@ -49,6 +50,7 @@ class TokenSelect:
         model: a Transformers decoder with rotary embedding.
         config: the settings; `TokenSelectConfig()` by default.
         on_prefill: called with (tokens read, tokens to read) while a prompt is read.
+        recorder: is told what is selected; see `tokenselect.trace`.
 
     Raises:
         NotImplementedError: the model cannot be served; the message names why.
@@ -69,9 +71,10 @@ class TokenSelect:
         model: nn.Module,
         config: TokenSelectConfig | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.model = model
-        self.on_prefill = on_prefill
+        self.on_prefill, self.recorder = on_prefill, recorder
         self.host: Host = inspect_model(model)
         self.config = (config or TokenSelectConfig()).for_window(self.host.trained_window)
         self.config.check_window(self.host.trained_window)
@@ -171,8 +174,8 @@ class TokenSelect:
         tail = prompt_end - config.num_tail_tokens if is_prompt else total
         known = max(total, prompt_end)
         table = self.rotary.table(max(config.num_attended(known - pad) for pad in padding))
-        length = end - start
-        return plan_pass(config, self.ops, table, self.max_distance, padding, start, length, tail, known, self.select)
+        own, lengths, watched = (padding, start, end - start), (tail, known), (self.select, self.recorder)
+        return plan_pass(config, self.ops, table, self.max_distance, *own, *lengths, *watched)
 
     def _chunks(self, start: int, end: int) -> list[tuple[int, int]]:
         """Cut a pass where blocks begin; the first piece holds all that needs no selection."""
@@ -224,7 +227,7 @@ class TokenSelect:
         fresh: Any = DynamicCache(config=self.host.config).layers
         cache.layers = fresh or [None] * self.host.config.num_hidden_layers
         for index in self.host.attention:
-            cache.layers[index] = RawKeyLayer(owner)
+            cache.layers[index] = RawKeyLayer(owner, index)
         cache.layer_class_to_replicate = None
         return cache, owner
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
 
     from tokenselect.config import TokenSelectConfig
     from tokenselect.methods.selecting import Choice
+    from tokenselect.trace.recorder import Recorder
 
 # Where each is: modules are imported when they are asked for. These choose cached tokens ...
 _CHOICES = {
@@ -83,6 +83,7 @@ def attach(
     method: str,
     config: TokenSelectConfig,
     on_prefill: Callable[[int, int], None] | None = None,
+    recorder: Recorder | None = None,
 ) -> AbstractContextManager[Any]:
     """Let a model run with a method as long as the returned context is entered.
 
@@ -93,6 +94,7 @@ def attach(
         on_prefill: called with (tokens read, tokens to read) while a prompt is read, in the thread that
             generates. For methods that attend the whole context, whose prompt goes through in one pass, the share of
             layers done stands for the share of tokens.
+        recorder: is told what is selected; methods that attend the whole context select nothing.
 
     Returns:
         A context manager that has not been entered; the model is checked already.
@@ -103,8 +105,9 @@ def attach(
         BackendUnavailable: a backend asked for by name cannot run.
     """
     chosen = choice(method)
-    enter = _load(_DENSE[method]) if chosen is None else partial(chosen.attach, config=config)
-    return cast("AbstractContextManager[Any]", enter(model, on_prefill=on_prefill))
+    if chosen is None:
+        return cast("AbstractContextManager[Any]", _load(_DENSE[method])(model, on_prefill=on_prefill))
+    return chosen.attach(model, config, on_prefill, recorder)
 
 
 def _load(place: str) -> Any:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tokenselect.ops import Backend
     from tokenselect.ops.reference import Distances
     from tokenselect.selection import Select
+    from tokenselect.trace.recorder import Recorder
 
 
 class Around:
@@ -54,10 +55,14 @@ class Choice:
     select: Select | None = None
 
     def attach(
-        self, model: nn.Module, config: TokenSelectConfig, on_prefill: Callable[[int, int], None] | None = None
+        self,
+        model: nn.Module,
+        config: TokenSelectConfig,
+        on_prefill: Callable[[int, int], None] | None = None,
+        recorder: Recorder | None = None,
     ) -> TokenSelect:
         """See `methods.attach`."""
-        host = TokenSelect(model, self.settings(config), on_prefill)
+        host = TokenSelect(model, self.settings(config), on_prefill, recorder)
         if self.around is not None:
             host.ops = cast("Backend", self.around(host.ops))
         if self.select is not None:

@@ -133,20 +133,32 @@ def score_tokens(
         ends = context[group, 1]
         first, last = int(context[group.start, 0]), int(ends.max())
         sequence = int(sequences[group.start])
-        rows = pages.rows(keys, sequence, first, last).transpose(0, 1).float()  # [Hkv, T, D]
-        if key_scales is not None:
-            rows = rows * pages.rows(key_scales, sequence, first, last).T[:, :, None]
-        if key_center is not None:
-            rows = rows + key_center[sequence][:, None]
+        rows = scored_keys(keys, pages, sequence, first, last, key_scales, key_center)
         outside = torch.arange(first, last, device=keys.device) >= ends[:, None]  # [N, T]
         bounds = candidates[group] - first
         total = torch.zeros(outside.shape, device=keys.device)
         for view in distances:
-            logits = _logits(queries[group], rows, view, group) * scale
+            logits = vote_logits(queries[group], rows, view, group) * scale
             logits.masked_fill_(outside[:, None], float("-inf"))
             total += _normalised(torch.softmax(logits, dim=-1).sum(1), bounds)
         votes += [row[start:end] for row, (start, end) in zip(total, bounds.tolist(), strict=True)]
     return torch.cat(votes), _start_loc(candidates[:, 1] - candidates[:, 0])
+
+
+def scored_keys(
+    keys: Tensor,
+    pages: PageTable,
+    sequence: int,
+    start: int,
+    end: int,
+    key_scales: Tensor | None,
+    key_center: Tensor | None,
+) -> Tensor:
+    """Keys [num_kv_heads, end - start, head_dim] float32 of a sequence, those of an int8 copy as it stands for them."""
+    rows = pages.rows(keys, sequence, start, end).transpose(0, 1).float()
+    if key_scales is not None:
+        rows = rows * pages.rows(key_scales, sequence, start, end).T[:, :, None]
+    return rows if key_center is None else rows + key_center[sequence][:, None]
 
 
 _GROUP = 16  # blocks scored together: one read of the keys, and logits that stay small
@@ -169,7 +181,7 @@ def _normalised(votes: Tensor, bounds: Tensor) -> Tensor:
     return votes / total.clamp(min=torch.finfo(total.dtype).tiny)  # 0 where every head looks elsewhere
 
 
-def _logits(queries: Tensor, rows: Tensor, view: Distances, group: slice) -> Tensor:
+def vote_logits(queries: Tensor, rows: Tensor, view: Distances, group: slice) -> Tensor:
     """Logits [N, Hq, T] of pooled queries [N, Hq, D] against rows [Hkv, T, D], each run at its own distance."""
     turned = _turned(queries, view, group)  # [N, Hq, R, D]
     num_kv_heads, length, dim = rows.shape
