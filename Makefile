@@ -38,8 +38,8 @@ bench-gpu:  ## attention of one layer on the GPU against the best dense kernel: 
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
 
 test: $(VENV)/.package $(VENV)/.data
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --ignore tests/inspect/browser
-	@echo "Not among them: the tests of the page that 'tokenselect inspect' writes need Chromium: make test-browser"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --ignore tests/inspect/browser --ignore tests/vllm
+	@echo "Not among them: the page that 'tokenselect inspect' writes, in Chromium (make test-browser), and the vLLM plugin (make test-vllm)"
 
 $(VENV)/.browser: $(VENV)/.package
 	$(BIN)/python -c "import playwright" 2> /dev/null || $(PIP) --editable ".[browser]"
