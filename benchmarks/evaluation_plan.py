@@ -49,21 +49,27 @@ INFINITE = ("infinite_passkey", "number_string", "kv_retrieval", "math_find", "c
 OURS = ("tokenselect", "tokenselect+select")
 CEILING = ("tokenselect", "tokenselect+forced")
 _OTHERS = tuple(method for method in METHODS if method != "tokenselect")
+_SLOW = ("infllm", "quest", "published", "self_extend")  # plain definitions that loop: seconds to minutes a sample
+_QUICK = tuple(method for method in _OTHERS if method not in _SLOW)
+_WORDINGS = ("fact_help", "fact_code", "rephrased_union")
 
 PLAN = (
     Part(NEEDLES, WITHIN, ("dense", *OURS), 20),
-    Part(NEEDLES, BEYOND[:1], (*CEILING, *_OTHERS), 20),
-    Part(NEEDLES, BEYOND[1:2], CEILING, 20),
-    Part(NEEDLES, BEYOND[2:], CEILING, 20),
-    Part(NEEDLES, WITHIN, ("dense", *OURS), 100, 20),
-    Part(NEEDLES, BEYOND[1:], _OTHERS, 20),
-    Part(RULER, WITHIN[1:], ("dense", *OURS), 20),
+    Part(NEEDLES, BEYOND, CEILING, 20),
+    Part(NEEDLES, BEYOND[:1], _QUICK, 20),
+    Part(RULER, WITHIN[1:], ("dense", "tokenselect"), 20),
     Part(("passkey",), BEYOND[:1], ("tokenselect",), 100, 20),
+    Part(NEEDLES, WITHIN, ("dense", "tokenselect"), 100, 20),
+    Part(INFINITE, WITHIN[1:], ("dense", "tokenselect"), 20),
     Part(("fact_union", "fact_bible"), BEYOND[:1], CEILING, 100, 20),
-    Part(("fact_help", "fact_code", "rephrased_union"), (8000,), ("dense", *OURS), 20),
-    Part(("fact_help", "fact_code", "rephrased_union"), BEYOND, CEILING, 20),
-    Part(INFINITE, WITHIN[1:], ("dense", *OURS), 20),
-    Part(RULER, BEYOND[:2], ("tokenselect", *_OTHERS), 20),
-    Part(INFINITE, BEYOND[:2], ("tokenselect", *_OTHERS), 20),
+    Part(NEEDLES, BEYOND[1:], _QUICK, 20),
+    Part(NEEDLES, BEYOND[:1], _SLOW, 20),
+    Part(RULER, BEYOND[:1], ("tokenselect", *_QUICK), 20),
+    Part(_WORDINGS, (8000,), ("dense", *OURS), 20),
+    Part(_WORDINGS, BEYOND, CEILING, 20),
+    Part(RULER, BEYOND[1:2], ("tokenselect", *_QUICK), 20),
+    Part(INFINITE, BEYOND[:2], ("tokenselect", *_QUICK), 20),
     Part(RULER, WITHIN[1:], ("dense", *OURS), 100, 20),
+    Part(NEEDLES, BEYOND[1:], _SLOW, 20),
+    Part((*RULER, *INFINITE), BEYOND[:2], _SLOW, 20),
 )
