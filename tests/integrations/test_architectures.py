@@ -14,7 +14,6 @@ import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
 from tokenselect.config import TokenSelectConfig
-from tokenselect.integrations import passes
 from tokenselect.integrations.transformers import TokenSelect
 
 LOGITS = 1e-4  # float32
@@ -205,7 +204,7 @@ def test_choosing_every_token_has_the_models_own_logits(
         chosen.append(len(plan.blocks))
         return [torch.arange(block.end) for block in plan.blocks]
 
-    monkeypatch.setattr(passes, "select_tokens", everything)
+    monkeypatch.setattr("tokenselect.integrations.transformers.select_tokens", everything)
     ids = prompt(80)
     own = logits(model, ids)
     with TokenSelect(model, config):

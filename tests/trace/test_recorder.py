@@ -10,10 +10,10 @@ import torch
 from tiny import LONG, save_tiny
 
 from tokenselect.config import TokenSelectConfig
-from tokenselect.integrations import passes
 from tokenselect.integrations.steps import Steps
 from tokenselect.llm import LLM
 from tokenselect.models import LoadedModel, load_model
+from tokenselect.selection import select_tokens
 from tokenselect.trace import Trace
 
 SMALL = TokenSelectConfig(
@@ -43,8 +43,8 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append([(block.end - 1, positions.tolist()) for block, positions in zip(plan.blocks, chosen, strict=True)])
         return chosen
 
-    original = passes.select_tokens
-    monkeypatch.setattr(passes, "select_tokens", spy)
+    original = select_tokens
+    monkeypatch.setattr("tokenselect.integrations.transformers.select_tokens", spy)
     return seen
 
 
