@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _LENGTHS = (4096, 16384)
 _METHODS = ("tokenselect", "streaming", "dense")
+_NAMES = ", ".join(_METHODS)
 _ENOUGH_S = 60.0
 _NOTE = (
     "Medians; the methods took turns. {threads} threads, {dtype} on {device}. "
@@ -37,7 +38,7 @@ def bench(
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help=f"{METHOD_HELP}; may be repeated  [default: all]", autocompletion=complete_method),
+        typer.Option(help=f"{METHOD_HELP}; may be repeated  [default: {_NAMES}]", autocompletion=complete_method),
     ] = None,
     repeats: Annotated[int, typer.Option(help="most runs of each method")] = 3,
     new_tokens: Annotated[int, typer.Option(help="tokens written after each prompt")] = 16,

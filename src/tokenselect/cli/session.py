@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from tokenselect.llm import LLM
     from tokenselect.models import LoadedModel
 
-METHOD_HELP = "tokenselect; streaming: sinks and local tokens alone at the same budget; dense: the model as it is"
+METHOD_HELP = (
+    "tokenselect; streaming: sinks and local tokens alone at the same budget; dense: the model as it is; others, to "
+    "compare with: infllm, quest, snapkv, paper, published, streaming_same_window, ntk, yarn, self_extend"
+)
 
 
 def complete_method() -> list[str]:
