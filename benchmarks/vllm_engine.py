@@ -132,11 +132,11 @@ def _serve(connection: Connection, settings: Settings) -> None:
     from vllm import LLM
 
     llm = LLM(**settings.arguments())
-    connection.send(torch.get_num_threads())
     try:
+        connection.send(torch.get_num_threads())
         while True:
             connection.send(_answer(llm.llm_engine, connection.recv()))
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):
         llm.llm_engine.engine_core.shutdown()
 
 
