@@ -252,7 +252,7 @@ def _origins() -> str:
     engines = dict.fromkeys(row["engine"] for row in results_of.rows_of("latency", threads=None))
     ran = "".join(f"- {engine}\n" for engine in engines)
     head = ("file", "torch", "Transformers", "commit", "day", "command")
-    text = "## How to repeat it\n\n`make bench` runs everything, draws the figures and writes this page.\n\n"
+    text = "## How to repeat it\n\n`make bench` runs everything but the part with vLLM (`make bench-vllm`), draws the figures and writes this page.\n\n"
     return text + table(head, rows, len(head)) + (f"\nWhat ran end to end:\n\n{ran}" if ran else "")
 
 

