@@ -57,6 +57,11 @@ depth was read, in a cache that was filled in pieces of 512 which do not see eac
 
 ![time to the first token and per token](../benchmarks/results/latency.png)
 """
+_AGAIN = """## How to repeat it
+
+`make bench` runs everything but the part with vLLM (`make bench-vllm`), draws the figures and writes this page.
+
+"""
 
 
 def render() -> str | None:
@@ -252,8 +257,7 @@ def _origins() -> str:
     engines = dict.fromkeys(row["engine"] for row in results_of.rows_of("latency", threads=None))
     ran = "".join(f"- {engine}\n" for engine in engines)
     head = ("file", "torch", "Transformers", "commit", "day", "command")
-    text = "## How to repeat it\n\n`make bench` runs everything but the part with vLLM (`make bench-vllm`), draws the figures and writes this page.\n\n"
-    return text + table(head, rows, len(head)) + (f"\nWhat ran end to end:\n\n{ran}" if ran else "")
+    return _AGAIN + table(head, rows, len(head)) + (f"\nWhat ran end to end:\n\n{ran}" if ran else "")
 
 
 if __name__ == "__main__":
