@@ -120,7 +120,7 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._connection.close()  # the child reads the end of its work
-        self._process.join(None if kind is None else 5)
+        self._process.join(60 if kind is None else 5)
         if self._process.is_alive():
             self._process.terminate()
             self._process.join()
