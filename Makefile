@@ -9,7 +9,7 @@ SERVE_ARGS ?=
 DEMO_ARGS ?=
 EXTRAS ?= test,lint
 
-.PHONY: demo serve test test-browser test-vllm docs cli-reference test-gpu bench-gpu test-sanitize test-aarch64 lint bench report answers llama clean
+.PHONY: demo serve test test-browser test-vllm bench-vllm docs cli-reference test-gpu bench-gpu test-sanitize test-aarch64 lint bench report answers llama clean
 
 $(VENV)/.base: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -121,6 +121,10 @@ serve: $(VLLM)/.installed  ## the embedded model behind the OpenAI API, on 127.0
 
 test-vllm: $(VLLM)/.installed  ## the vLLM plugin, in vLLM's own engine
 	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm
+
+bench-vllm: $(VLLM)/.installed  ## vLLM with TokenSelect against stock vLLM: hours, on a quiet machine; goes on where it stopped
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m benchmarks.serving
+	$(MAKE) report
 
 llama: $(LLAMA)/.installed  ## llama.cpp to compare with, compiled for this machine in a venv of its own
 

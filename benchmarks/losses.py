@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks import results_of
+from benchmarks import results_of, serving_report
 from benchmarks.results_of import Time
 
 
@@ -26,6 +26,7 @@ def losses() -> Iterator[Loss]:
     yield from _blocks()
     yield from _latency()
     yield from _short()
+    yield from _serving()
 
 
 def _operations(threads: int) -> Iterator[Loss]:
@@ -59,3 +60,13 @@ def _short() -> Iterator[Loss]:
         if float(row["median_ratio"]) > 1:
             ours, plain = float(row["tokenselect_ms"]), float(row["plain_ms"])
             yield Loss(f"{phase} of a short context, {length:,} tokens", "the plain model", ours, plain)
+
+
+def _serving() -> Iterator[Loss]:
+    stock, ours = (serving_report.quantiles_of(engine) for engine in serving_report.ENGINES)
+    for (part, what, length), theirs in stock.items():
+        own = ours.get((part, what, length))
+        if own and theirs.p50 < own.p50:
+            yield Loss(
+                f"serving, {serving_report.TITLES[part, what]}, {length:,} tokens", "stock vLLM", own.p50, theirs.p50
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from benchmarks import results_of
+from benchmarks import results_of, serving_report
 from benchmarks.results_of import Operation, Row, Time
 
 _OURS = "cpu"
@@ -50,6 +50,7 @@ def checks() -> Iterator[Check]:
     yield from _dense()
     yield from _llama()
     yield _short()
+    yield from (Check(*claim) for claim in serving_report.claims())
 
 
 def _worst(promise: str, least: float, figures: Iterable[tuple[float, str]], percent: bool = False) -> Check:

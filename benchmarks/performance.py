@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from benchmarks import results_of
+from benchmarks import results_of, serving_report
 from benchmarks.losses import losses
 from benchmarks.must_hold import PAPER, checks
 from benchmarks.results_of import Operation, Row, Time
@@ -57,6 +57,11 @@ depth was read, in a cache that was filled in pieces of 512 which do not see eac
 
 ![time to the first token and per token](../benchmarks/results/latency.png)
 """
+_AGAIN = """## How to repeat it
+
+`make bench` runs everything but the part with vLLM (`make bench-vllm`), draws the figures and writes this page.
+
+"""
 
 
 def render() -> str | None:
@@ -65,7 +70,7 @@ def render() -> str | None:
     if device is None:
         return None
     parts = [_INTRO.format(device=device, threads=results_of.THREADS), _promises()]
-    parts += filter(None, (_operations(), _blocks(), _latency(), _short(), _losses(), _origins()))
+    parts += filter(None, (_operations(), _blocks(), _latency(), _short(), _serving(), _losses(), _origins()))
     return "\n".join(parts)
 
 
@@ -228,6 +233,10 @@ def _short() -> str:
     return "## Contexts that are attended whole\n\n" + table(head, rows, text_columns=2)
 
 
+def _serving() -> str:
+    return serving_report.section(table, _number)
+
+
 def _losses() -> str:
     rows = [(loss.what, loss.other, _number(loss.ours), _number(loss.theirs)) for loss in losses()]
     title = "## Where we lose\n\nAll cells in which another method is faster, with one thread and with two.\n\n"
@@ -248,8 +257,7 @@ def _origins() -> str:
     engines = dict.fromkeys(row["engine"] for row in results_of.rows_of("latency", threads=None))
     ran = "".join(f"- {engine}\n" for engine in engines)
     head = ("file", "torch", "Transformers", "commit", "day", "command")
-    text = "## How to repeat it\n\n`make bench` runs everything, draws the figures and writes this page.\n\n"
-    return text + table(head, rows, len(head)) + (f"\nWhat ran end to end:\n\n{ran}" if ran else "")
+    return _AGAIN + table(head, rows, len(head)) + (f"\nWhat ran end to end:\n\n{ran}" if ran else "")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m benchmarks.plots
 
-Makes results/latency.{png,svg} and results/block_attention.{png,svg}. Colours can be told apart with every kind of
-colour vision (after Okabe and Ito, 2008), lines differ in their markers too, and the background is transparent: lines,
-and the grey of axes and text, are read on white and on black.
+Makes results/{latency,block_attention,serving}.{png,svg}, of what was measured. Colours can be told apart with every
+kind of colour vision (after Okabe and Ito, 2008), lines differ in their markers too, and the background is transparent:
+lines, and the grey of axes and text, are read on white and on black.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from benchmarks import results_of
+from benchmarks import results_of, serving_report
 from benchmarks.must_hold import PAPER
 from benchmarks.report import RESULTS
 
@@ -31,6 +31,7 @@ _METHODS = {
     "llama.cpp bf16": ("llama.cpp, BF16", "#009E73", "D"),
     "llama.cpp q8_0": ("llama.cpp, Q8_0", "#CC79A7", "v"),
 }
+_ENGINES = {"tokenselect": ("#2A8FD6", "o"), "stock": ("#D55E00", "^")}
 _SHAPES = {
     "smollm2": ("SmolLM2, 9/3 heads of 64", "#2A8FD6", "o"),
     "qwen2-7b": ("Qwen2-7B, 28/4 heads of 128", "#D55E00", "s"),
@@ -54,6 +55,8 @@ def main() -> None:
             _save(_latency(), "latency")
         if results_of.rows_of("block_attention"):
             _save(_block_attention(), "block_attention")
+        if results_of.rows_of("serving"):
+            _save(_serving(), "serving")
 
 
 def _latency() -> Figure:
@@ -89,6 +92,22 @@ def _block_attention() -> Figure:
     return figure
 
 
+def _serving() -> Figure:
+    figure, (read, write) = plt.subplots(1, 2, figsize=(9, 3.6))
+    for engine, style in _ENGINES.items():
+        times = serving_report.quantiles_of(engine)
+        for axes, kind, scale in ((read, "ttft", 1e-3), (write, "token", 1.0)):
+            points = sorted((n, time) for (_, what, n), time in times.items() if what == kind)
+            if points:
+                label = serving_report.ENGINES[engine]
+                _line(axes, [n for n, _ in points], [time for _, time in points], scale, label, *style)
+    _axes(read, "seconds to the first token", "prompt, tokens")
+    _axes(write, "milliseconds per token", "tokens before it")
+    read.legend(frameon=False, fontsize=8)
+    figure.suptitle(_title("vLLM, SmolLM2-135M, bf16"), fontsize=9)
+    return figure
+
+
 def _line(
     axes: Axes,
     lengths: Sequence[int],
@@ -120,7 +139,11 @@ def _axes(axes: Axes, title: str, below: str) -> None:
 
 
 def _tokens(number: int) -> str:
-    return f"{number >> 20}M" if number >= 1 << 20 else f"{number >> 10}K"
+    if number >= 1 << 20:
+        return f"{number >> 20}M"
+    if number % 1000 == 0:
+        return f"{number // 1000}K"
+    return f"{number >> 10}K" if number >= 1 << 10 else str(number)
 
 
 def _title(what: str) -> str:

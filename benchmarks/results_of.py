@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.report import read_rows
 from benchmarks.shapes import SHAPES
 
-FILES = ("ops", "block_attention", "latency", "within_budget")
+FILES = ("ops", "block_attention", "latency", "within_budget", "serving")
 THREADS = 2
 
 Row = dict[str, str]
