@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,12 @@ def _counts() -> dict[str, float]:
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the plugin logs."""
-    log = logging.getLogger("vllm.tokenselect")
-    log.setLevel(logging.DEBUG)
-    log.addHandler(caplog.handler)
-    yield caplog
-    log.removeHandler(caplog.handler)
-    log.setLevel(logging.NOTSET)
+def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the plugin logs, by a logger that vLLM does not set up anew with each engine."""
+    log = logging.getLogger("tests.vllm")
+    monkeypatch.setattr(metrics, "_log", log)
+    caplog.set_level(logging.DEBUG, log.name)
+    return caplog
 
 
 def _run(model: Path, **changes: Any) -> dict[str, float]:
