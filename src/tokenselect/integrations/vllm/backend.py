@@ -20,8 +20,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from tokenselect.integrations.vllm import metrics, refusals
+from tokenselect.integrations.vllm import refusals
 from tokenselect.integrations.vllm.int8_copy import CopyWork, Int8Copy, plan_copies
+from tokenselect.integrations.vllm.metrics import Metrics
 from tokenselect.integrations.vllm.requests import RequestTable, current_requests, watch_batches
 from tokenselect.integrations.vllm.rotary import table_of, take_rope
 from tokenselect.integrations.vllm.settings import read_settings, trained_window
@@ -35,7 +36,7 @@ class TokenSelectBackend(AttentionBackend):
 
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [*refusals.CACHE_DTYPES]
 
     @staticmethod
     def get_name() -> str:
@@ -44,7 +45,8 @@ class TokenSelectBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[TokenSelectImpl]:
-        """One object per layer."""
+        """One object per layer; vLLM asks before it makes the first, of either kind of attention: time to refuse."""
+        refusals.check(get_current_vllm_config())
         return TokenSelectImpl
 
     @staticmethod
@@ -78,7 +80,6 @@ class TokenSelectBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        refusals.check(vllm_config, device)
         self.config = read_settings(vllm_config)
         self.page_size = kv_cache_spec.block_size
         self.max_distance = self.config.max_distance or max(1, trained_window(vllm_config) * 7 // 8)
@@ -87,9 +88,10 @@ class TokenSelectBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
         if any(not torch.equal(table.cos, tables[0].cos) for table in tables):
             raise NotImplementedError("TokenSelect: layers with different rotary embeddings are not supported")
         self.table, self.ops = tables[0], layers[0].ops
-        self.requests = RequestTable(self.config)
+        self.metrics = Metrics(len(layers))
+        self.requests = RequestTable(self.config, self.metrics.leave)
         watch_batches()
-        metrics.announce(self.config, self.ops.NAME, self.page_size)
+        self.metrics.announce(self.config, self.ops.NAME, self.page_size)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -108,8 +110,8 @@ class TokenSelectBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
         ]
         states, stretches = [state for state, _ in pairs], [stretch for _, stretch in pairs]
         pages = PageTable(batch.block_table_tensor[: len(requests)].long(), self.page_size, [0] * len(requests))
-        step = plan_step(stretches, states, pages, self.table, self.max_distance, self.ops)
-        metrics.count(step)
+        step = plan_step(stretches, states, pages, self.table, self.max_distance, self.ops, self.metrics.tally)
+        self.metrics.count(step, stretches)
         return TokenSelectMetadata(step, plan_copies(stretches, states, pages, self.requests.num_rows))
 
 
@@ -130,7 +132,7 @@ class TokenSelectImpl(AttentionImpl[TokenSelectMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        refusals.check_layer(alibi_slopes, sliding_window, kv_cache_dtype, attn_type, kv_sharing_target_layer_name)
+        refusals.check_layer(alibi_slopes, sliding_window, attn_type, kv_sharing_target_layer_name)
         vllm_config = get_current_vllm_config()
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads

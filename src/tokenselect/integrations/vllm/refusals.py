@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from tokenselect.integrations.vllm.settings import read_settings
 
 # Every layer of these rotates its queries and keys and attends all earlier tokens.
 MODEL_TYPES = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 
+CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
-def check(vllm_config: Any, device: torch.device) -> None:
+
+def check(vllm_config: Any) -> None:
     """Refuse an engine that would not select as it should.
 
     Raises:
@@ -38,10 +38,12 @@ def check(vllm_config: Any, device: torch.device) -> None:
 
 def _unsupported(vllm_config: Any) -> list[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    cache_dtype = vllm_config.cache_config.cache_dtype
     kind = model.hf_text_config.model_type
     reasons = {
         "multi-head latent attention (MLA) is not supported": model.use_mla,
         f"models of type {kind} are not supported; supported are {', '.join(MODEL_TYPES)}": kind not in MODEL_TYPES,
+        f"a KV cache in {cache_dtype} is not supported: leave out --kv-cache-dtype": cache_dtype not in CACHE_DTYPES,
         "speculative decoding is not supported": vllm_config.speculative_config is not None,
         "decode context parallelism is not supported": parallel.decode_context_parallel_size > 1,
         "KV transfer between servers is not supported": vllm_config.kv_transfer_config is not None,
@@ -51,9 +53,7 @@ def _unsupported(vllm_config: Any) -> list[str]:
     return [reason for reason, is_so in reasons.items() if is_so]
 
 
-def check_layer(
-    alibi_slopes: Any, sliding_window: int | None, kv_cache_dtype: str, attn_type: str, shared_with: str | None
-) -> None:
+def check_layer(alibi_slopes: Any, sliding_window: int | None, attn_type: str, shared_with: str | None) -> None:
     """Refuse a layer whose attention is of another kind.
 
     Raises:
@@ -62,8 +62,6 @@ def check_layer(
     reasons = {
         "ALiBi is not supported": alibi_slopes is not None,
         "sliding-window attention is not supported": sliding_window is not None,
-        f"a KV cache in {kv_cache_dtype} is not supported: leave out --kv-cache-dtype": kv_cache_dtype
-        not in ("auto", "float16", "bfloat16"),
         "only decoders are supported": attn_type != "decoder",
         "layers that share keys and values are not supported": shared_with is not None,
     }

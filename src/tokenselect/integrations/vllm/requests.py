@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -55,29 +55,50 @@ class RequestState:
     """One request on this worker.
 
     Attributes:
+        name: vLLM's.
         row: its row in tables that have one per request.
         config: its settings.
         next_start: where the next forward pass begins, unless the request was preempted.
         copied: tokens that an int8 copy holds.
         has_center: whether that copy's center is known.
         layers: the Selection Cache, by layer name.
+        num_selecting: queries that selected, and
+        planned: the tokens that they attend per layer, of
+        available: that there were.
     """
 
+    name: str
     row: int
     config: TokenSelectConfig
     next_start: int = -1
     copied: int = 0
     has_center: bool = False
     layers: defaultdict[str, SelectionState] = field(default_factory=lambda: defaultdict(SelectionState))
+    num_selecting: int = 0
+    planned: int = 0
+    available: int = 0
 
     def begin(self, start: int, num_prompt_tokens: int) -> None:
         """A new request, or one that comes back after preemption: blocks are others, and what was selected is void."""
-        self.layers.clear()
+        for layer in self.layers.values():
+            layer.forget()
         self.has_center = False
         # What a prefix-cache hit brings was copied by the request that computed it: prompts that are attended whole,
         # and other settings, share no blocks with this one (see the scheduler).
         is_copied = num_prompt_tokens > self.config.num_dense_tokens and start >= self.config.center_tokens
         self.copied = start if is_copied else 0
+
+    def note(self, queries: int, attended: int, available: int) -> None:
+        """Queries that select, the tokens that they are to attend and those that there are for them."""
+        self.num_selecting += queries
+        self.planned += attended
+        self.available += available
+
+    @property
+    def attended(self) -> float:
+        """Tokens attended per layer by the queries that selected; a selection that serves again reaches further."""
+        layers = self.layers.values()
+        return sum(layer.attended for layer in layers) / len(layers) if layers else self.planned
 
 
 class RequestTable:
@@ -85,10 +106,12 @@ class RequestTable:
 
     Args:
         config: the server's settings.
+        on_leave: gets the state of each request that is gone.
     """
 
-    def __init__(self, config: TokenSelectConfig) -> None:
+    def __init__(self, config: TokenSelectConfig, on_leave: Callable[[RequestState], None]) -> None:
         self.config = config
+        self._on_leave = on_leave
         self._states: dict[int, RequestState] = {}
         self._free: list[int] = []
         self.num_rows = 0
@@ -111,10 +134,13 @@ class RequestTable:
         params = getattr(request, "sampling_params", None)
         row = self._free.pop() if self._free else self.num_rows
         self.num_rows = max(self.num_rows, row + 1)
-        state = RequestState(row, request_settings(self.config, getattr(params, "extra_args", None)))
+        config = request_settings(self.config, getattr(params, "extra_args", None))
+        state = RequestState(request.req_id, row, config)
         self._states[id(request)] = state
-        weakref.finalize(request, self._leave, id(request))
+        weakref.finalize(request, self._leave, id(request)).atexit = False
         return state
 
     def _leave(self, key: int) -> None:
-        self._free.append(self._states.pop(key).row)
+        state = self._states.pop(key)
+        self._free.append(state.row)
+        self._on_leave(state)

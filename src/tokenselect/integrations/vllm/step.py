@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenselect.config import TokenSelectConfig
 from tokenselect.integrations.ragged import Stretch, cut_blocks
 from tokenselect.integrations.vllm.requests import RequestState
+from tokenselect.integrations.vllm.tally import Tally
 from tokenselect.ops import Backend
 from tokenselect.ops.paging import PageTable
 from tokenselect.rotary import RotaryTable
@@ -67,6 +68,7 @@ class Step:
         slot_start_loc: [num_blocks + 1] int64.
         selections: who selects, and by which settings; nobody: every block attends all earlier tokens.
         states: of the requests, in the batch's order.
+        tally: where layers note what they select.
     """
 
     num_tokens: int
@@ -81,6 +83,7 @@ class Step:
     cos: Tensor
     sin: Tensor
     ops: Backend
+    tally: Tally
 
     def attended(
         self, layer: str, queries: Tensor, scoring: Scoring | None, scale: float, reduce: Reduce | None
@@ -88,8 +91,12 @@ class Step:
         """Rows of the cache that the blocks attend in a layer, one block after the other, and where each begins."""
         if not self.selections or scoring is None:
             return self.slots, self.slot_start_loc
-        if any(selection.config.reuse for selection in self.selections):
-            return self._by_state(layer, queries, scoring, scale, reduce)
+        with self.tally.timed(queries.device):
+            if any(selection.config.reuse for selection in self.selections):
+                return self._by_state(layer, queries, scoring, scale, reduce)
+            return self._afresh(queries, scoring, scale, reduce), self.slot_start_loc
+
+    def _afresh(self, queries: Tensor, scoring: Scoring, scale: float, reduce: Reduce | None) -> Tensor:
         slots = self.slots.clone()
         for part in self.selections:
             if not part.config.num_selected_tokens:
@@ -97,7 +104,7 @@ class Step:
             given = queries, scoring.keys, scoring.pages, part.plan, part.config, self.ops, scale
             chosen = choose_tokens(*given, scoring.scales, scoring.center, reduce)
             slots[part.holes] = rows_of(self.pages, part.plan.sequences[:, None], chosen)
-        return slots, self.slot_start_loc
+        return slots
 
     def _by_state(
         self, layer: str, queries: Tensor, scoring: Scoring, scale: float, reduce: Reduce | None
@@ -109,9 +116,14 @@ class Step:
         for part in self.selections:
             given = queries, scoring.keys, scoring.pages, part.plan, states, part.config, self.ops, scale
             chosen = select_tokens(*given, scoring.scales, scoring.center, reduce)
+            if part.plan.may_reuse and part.config.num_selected_tokens:
+                self.tally.lookups += len(part.places)
+                self.tally.hits += sum(bool(states[block.sequence].served) for block in part.plan.blocks)
             for place, positions in zip(part.places, chosen, strict=True):
                 parts[place] = self.pages.slots(self.blocks[place].sequence, positions)
-        return torch.cat(parts), torch.tensor([0, *accumulate(part.shape[0] for part in parts)])
+        slots = torch.cat(parts)
+        self.tally.further += slots.shape[0] - self.slots.shape[0]
+        return slots, torch.tensor([0, *accumulate(part.shape[0] for part in parts)])
 
 
 def rows_of(pages: PageTable, sequences: Tensor, positions: Tensor) -> Tensor:
@@ -127,6 +139,7 @@ def plan_step(
     table: RotaryTable,
     max_distance: int,
     ops: Backend,
+    tally: Tally,
 ) -> Step:
     """Work out one forward pass.
 
@@ -137,6 +150,7 @@ def plan_step(
         table: rotations of the model.
         max_distance: largest distance for scoring.
         ops: the backend.
+        tally: where layers note what they select.
     """
     first_queries = [0, *accumulate(stretch.end - stretch.start for stretch in stretches)]
     blocks: list[Block] = []
@@ -168,6 +182,7 @@ def plan_step(
         cos,
         sin,
         ops,
+        tally,
     )
 
 

@@ -1,0 +1,76 @@
+"""What the plugin does not serve is refused at start, in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import DeepseekV2Config, MistralConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.vllm.engines import OURS, SETTINGS, WINDOW, engine
+from tokenselect.integrations.vllm import refusals
+
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": WINDOW,
+}
+LATENT = {"kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+
+
+def _refusal(folder: Path, **kwargs: Any) -> str:
+    """Why an engine with these arguments is refused; it is not built."""
+    given = {"dtype": "bfloat16", "max_model_len": WINDOW, "skip_tokenizer_init": True, **OURS, **kwargs}
+    config = EngineArgs(str(folder), additional_config={"tokenselect": SETTINGS}, **given).create_engine_config()
+    with pytest.raises((NotImplementedError, ValueError)) as caught:
+        refusals.check(config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"speculative_config": DRAFTS}, "speculative decoding is not supported"),
+        ({"kv_cache_dtype": "fp8"}, "a KV cache in fp8 is not supported: leave out --kv-cache-dtype"),
+        ({"max_num_batched_tokens": 40, "max_num_seqs": 16}, "--max-num-batched-tokens must be at least block_size"),
+    ],
+    ids=["speculative decoding", "fp8 KV cache", "budget below a block"],
+)
+def test_engines_that_could_not_select_are_refused(model: Path, given: dict[str, Any], reason: str) -> None:
+    assert _refusal(model, **given).startswith(f"TokenSelect: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"alibi_slopes": [1.0]}, "ALiBi"),
+        ({"sliding_window": 4096}, "sliding-window attention"),
+        ({"attn_type": "encoder"}, "only decoders"),
+        ({"shared_with": "model.layers.0"}, "layers that share keys and values"),
+    ],
+    ids=["ALiBi", "sliding window", "encoder", "shared"],
+)
+def test_layers_of_another_kind_are_refused(changes: dict[str, Any], reason: str) -> None:
+    plain = {"alibi_slopes": None, "sliding_window": None, "attn_type": "decoder", "shared_with": None}
+    refusals.check_layer(**plain)
+    with pytest.raises(NotImplementedError, match=f"TokenSelect: {reason}"):
+        refusals.check_layer(**{**plain, **changes})
+
+
+def test_an_engine_asks_before_it_reads_weights(tmp_path: Path) -> None:
+    latent, sliding = tmp_path / "latent", tmp_path / "sliding"  # folders without weights
+    DeepseekV2Config(**SHAPE, **LATENT, architectures=["DeepseekV2ForCausalLM"]).save_pretrained(latent)
+    MistralConfig(**SHAPE, sliding_window=128, architectures=["MistralForCausalLM"]).save_pretrained(sliding)
+    for folder, reason in [(latent, "latent attention"), (sliding, "sliding-window attention")]:
+        with (
+            pytest.raises(NotImplementedError, match=f"TokenSelect: .*{reason}.* is not supported"),
+            engine(folder, SETTINGS),
+        ):
+            pass
