@@ -38,6 +38,7 @@ def main(
     stages: Annotated[list[str], typer.Option("--stage", help=", ".join(_STAGES))] = list(_STAGES),  # noqa: B006
     length: Annotated[int, typer.Option(help="tokens of facts and look-ups")] = 16_000,
     text_length: Annotated[int, typer.Option(help="tokens of the text for fidelity")] = 8192,
+    block_step: Annotated[int, typer.Option(help="of the text's blocks only every so many are compared")] = 2,
     facts: Annotated[int, typer.Option(help="documents with a fact, of 20 or more")] = 20,
     documents: Annotated[int, typer.Option(help="documents with three facts")] = 10,
     device: Annotated[str, typer.Option(help="torch device, such as cpu or cuda")] = "cpu",
@@ -55,7 +56,7 @@ def main(
         elif stage == "lookups":
             _lookups(loaded, rows, chosen, length, documents)
         else:
-            _fidelity(loaded, rows, chosen, text_length)
+            _fidelity(loaded, rows, chosen, text_length, block_step)
 
 
 def _facts(loaded: LoadedModel, rows: Rows, chosen: Iterable[Variant], length: int, count: int) -> None:
@@ -85,7 +86,7 @@ def _lookups(loaded: LoadedModel, rows: Rows, chosen: Iterable[Variant], length:
             _add(rows, variant, stage="lookups", length=length, hit_rate=hit_rate, **sums)
 
 
-def _fidelity(loaded: LoadedModel, rows: Rows, chosen: list[Variant], length: int) -> None:
+def _fidelity(loaded: LoadedModel, rows: Rows, chosen: list[Variant], length: int, block_step: int) -> None:
     ids, first = text_ids(loaded, "sotu", length), chosen[0]
     wanted = [v for v in chosen if rows.wants(setting=v.setting, value=v.value, stage="fidelity")]
     for begin in range(0, len(wanted), _AT_ONCE):
@@ -94,10 +95,14 @@ def _fidelity(loaded: LoadedModel, rows: Rows, chosen: list[Variant], length: in
         part = wanted[begin : begin + _AT_ONCE]
         names = {_name(variant): variant for variant in part}
         candidates = [_candidate(variant) for variant in ([] if first in part else [first]) + part]
-        whole = over_layers(measure_fidelity(loaded, ids, candidates, block_step=2))
-        if rows.wants(setting="oracle", value=ORACLES[0], stage="fidelity"):
+        oracles = rows.wants(setting="oracle", value=ORACLES[0], stage="fidelity")
+        whole = over_layers(measure_fidelity(loaded, ids, candidates, block_step, oracles))
+        if oracles:
             names |= {name: Variant("oracle", name, first.config) for name in ORACLES}
         for name, variant in names.items():
+            if not any(whole[name, phase].total for phase in PHASES):
+                show(f"{name}: its budget covers the text of {length} tokens; left out")
+                continue
             figures = {phase: whole[name, phase].figures() for phase in PHASES}
             row = {f"{figure}_{phase}": figures[phase][figure] for figure in _FIGURES for phase in PHASES}
             _add(rows, variant, stage="fidelity", length=length, hit_rate=figures["decode"]["hit_rate"], **row)
