@@ -34,7 +34,7 @@ _STAGES = ("facts", "lookups", "fidelity")
 
 
 def main(
-    settings: Annotated[list[str], typer.Option("--setting", help="only these; default: all")] = [],  # noqa: B006
+    settings: Annotated[list[str], typer.Option("--setting", help="only these, in this order; default: all")] = [],  # noqa: B006
     stages: Annotated[list[str], typer.Option("--stage", help=", ".join(_STAGES))] = list(_STAGES),  # noqa: B006
     length: Annotated[int, typer.Option(help="tokens of facts and look-ups")] = 16_000,
     text_length: Annotated[int, typer.Option(help="tokens of the text for fidelity")] = 8192,
@@ -49,7 +49,10 @@ def main(
     """Measure all variants, stage by stage; a file that has rows is gone on with."""
     loaded = load_model(device=device, dtype=dtype)
     rows = Rows(output, ("setting", "value", "stage"), loaded.model.device, minutes)
-    chosen = [variant for variant in variants() if not settings or variant.setting in (*settings, "default")]
+    order = ["default", *settings]
+    chosen = [variant for variant in variants() if not settings or variant.setting in order]
+    if settings:
+        chosen.sort(key=lambda variant: order.index(variant.setting))
     for stage in stages:
         if stage == "facts":
             _facts(loaded, rows, chosen, length, facts)
