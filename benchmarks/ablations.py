@@ -27,9 +27,9 @@ from tokenselect.evals.fidelity import ORACLES, PHASES, Candidate, measure_fidel
 from tokenselect.evals.needle import Sample, fact_grid
 from tokenselect.models import LoadedModel, load_model
 
-_AT_ONCE = 8  # variants that share the true attention
+_AT_ONCE = 6  # variants that share the true attention
 _FIGURES = ("middle_mass", "output_error")
-_COLUMNS = ("setting", "value", "stage", "length", "n", "right", "digits", "digits_right", "hit_rate")
+_COLUMNS = ("setting", "value", "stage", "length", "block_step", "n", "right", "digits", "digits_right", "hit_rate")
 _STAGES = ("facts", "lookups", "fidelity")
 
 
@@ -108,7 +108,8 @@ def _fidelity(loaded: LoadedModel, rows: Rows, chosen: list[Variant], length: in
                 continue
             figures = {phase: whole[name, phase].figures() for phase in PHASES}
             row = {f"{figure}_{phase}": figures[phase][figure] for figure in _FIGURES for phase in PHASES}
-            _add(rows, variant, stage="fidelity", length=length, hit_rate=figures["decode"]["hit_rate"], **row)
+            row |= {"length": length, "block_step": block_step, "hit_rate": figures["decode"]["hit_rate"]}
+            _add(rows, variant, stage="fidelity", **row)
 
 
 def _name(variant: Variant) -> str:
