@@ -1,4 +1,4 @@
-"""The sections of docs/evaluation.md that compare attention with dense attention, from fidelity*.csv and ablations.csv."""
+"""Sections of docs/evaluation.md that compare attention with dense attention: fidelity and ablations."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tokenselect.methods import METHODS, choice
 
 FILES = ("fidelity", "fidelity_kl", "ablations")
 Row = Mapping[str, str]
-_PHASES = f"""A text is read densely, within the trained window; at every layer each method then chooses from dense attention's own
-queries and keys, so its figures do not depend on what it did to the layers before. *Prefill*: blocks of the text;
-*tail*: the last {NUM_TAIL} tokens of the prompt; *decode*: {NUM_STEPS} single steps after it. *middle*: of dense
-attention to tokens outside the default's sinks and local window, the percentage that attended tokens hold. *error*:
-distance of the attention output to dense attention's, over its length (root of summed squares), in percent.
+_PHASES = f"""A text is read densely, within the trained window; at every layer each method then chooses from dense
+attention's own queries and keys, so its figures do not depend on what it did to the layers before. *Prefill*: blocks of
+the text; *tail*: the last {NUM_TAIL} tokens of the prompt; *decode*: {NUM_STEPS} single steps after it. *middle*: of
+dense attention to tokens outside the default's sinks and local window, the percentage that attended tokens hold.
+*error*: distance of the attention output to dense attention's, over its length (root of summed squares), in percent.
 """
 _FIDELITY = f"""## Fidelity
 
