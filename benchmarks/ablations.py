@@ -39,6 +39,7 @@ def main(
     length: Annotated[int, typer.Option(help="tokens of facts and look-ups")] = 16_000,
     text_length: Annotated[int, typer.Option(help="tokens of the text for fidelity")] = 8192,
     block_step: Annotated[int, typer.Option(help="of the text's blocks only every so many are compared")] = 2,
+    layer_step: Annotated[int, typer.Option(help="only every so many layers are compared")] = 1,
     facts: Annotated[int, typer.Option(help="documents with a fact, of 20 or more")] = 20,
     documents: Annotated[int, typer.Option(help="documents with three facts")] = 10,
     device: Annotated[str, typer.Option(help="torch device, such as cpu or cuda")] = "cpu",
@@ -59,7 +60,7 @@ def main(
         elif stage == "lookups":
             _lookups(loaded, rows, chosen, length, documents)
         else:
-            _fidelity(loaded, rows, chosen, text_length, block_step)
+            _fidelity(loaded, rows, chosen, text_length, block_step, layer_step)
 
 
 def _facts(loaded: LoadedModel, rows: Rows, chosen: Iterable[Variant], length: int, count: int) -> None:
@@ -89,7 +90,9 @@ def _lookups(loaded: LoadedModel, rows: Rows, chosen: Iterable[Variant], length:
             _add(rows, variant, stage="lookups", length=length, hit_rate=hit_rate, **sums)
 
 
-def _fidelity(loaded: LoadedModel, rows: Rows, chosen: list[Variant], length: int, block_step: int) -> None:
+def _fidelity(
+    loaded: LoadedModel, rows: Rows, chosen: list[Variant], length: int, block_step: int, layer_step: int
+) -> None:
     ids, first = text_ids(loaded, "sotu", length), chosen[0]
     wanted = [v for v in chosen if rows.wants(setting=v.setting, value=v.value, stage="fidelity")]
     for begin in range(0, len(wanted), _AT_ONCE):
@@ -99,7 +102,7 @@ def _fidelity(loaded: LoadedModel, rows: Rows, chosen: list[Variant], length: in
         names = {_name(variant): variant for variant in part}
         candidates = [_candidate(variant) for variant in ([] if first in part else [first]) + part]
         oracles = rows.wants(setting="oracle", value=ORACLES[0], stage="fidelity")
-        whole = over_layers(measure_fidelity(loaded, ids, candidates, block_step, oracles))
+        whole = over_layers(measure_fidelity(loaded, ids, candidates, block_step, oracles, layer_step))
         if oracles:
             names |= {name: Variant("oracle", name, first.config) for name in ORACLES}
         for name, variant in names.items():
@@ -108,7 +111,12 @@ def _fidelity(loaded: LoadedModel, rows: Rows, chosen: list[Variant], length: in
                 continue
             figures = {phase: whole[name, phase].figures() for phase in PHASES}
             row = {f"{figure}_{phase}": figures[phase][figure] for figure in _FIGURES for phase in PHASES}
-            row |= {"length": length, "block_step": block_step, "hit_rate": figures["decode"]["hit_rate"]}
+            row |= {
+                "length": length,
+                "block_step": block_step,
+                "layer_step": layer_step,
+                "hit_rate": figures["decode"]["hit_rate"],
+            }
             _add(rows, variant, stage="fidelity", **row)
 
 

@@ -40,6 +40,7 @@ def main(
     texts: Annotated[list[str], typer.Option("--text", help=", ".join(TEXTS))] = list(TEXTS),  # noqa: B006
     stages: Annotated[list[str], typer.Option("--stage", help=", ".join(_STAGES))] = list(_STAGES),  # noqa: B006
     block_step: Annotated[int, typer.Option(help="of a prompt's blocks only every so many are compared")] = 1,
+    layer_step: Annotated[int, typer.Option(help="only every so many layers are compared")] = 1,
     device: Annotated[str, typer.Option(help="torch device, such as cpu or cuda")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
     minutes: Annotated[float, typer.Option(help="nothing is begun after so many minutes")] = 600.0,
@@ -53,37 +54,43 @@ def main(
         rows = Rows(path, key, loaded.model.device, (end - time.monotonic()) / 60)
         for length in sorted(lengths, reverse=True):
             if stage == "attention":
-                _attention(loaded, rows, texts, length, block_step)
+                _attention(loaded, rows, texts, length, (block_step, layer_step))
             else:
                 _distributions(loaded, rows, texts, length)
 
 
-def _attention(loaded: LoadedModel, rows: Rows, texts: list[str], length: int, block_step: int) -> None:
-    """All texts with a few methods, then with the next ones."""
+def _attention(loaded: LoadedModel, rows: Rows, texts: list[str], length: int, steps: tuple[int, int]) -> None:
+    """All texts with a few methods, then with the next ones; of blocks and layers every so many."""
     candidates = candidates_of(METHODS)
     for begin in range(0, len(candidates), _AT_ONCE):
         for text in texts:
             part = candidates[begin : begin + _AT_ONCE]
             part = [one for one in part if rows.wants(text=text, length=length, method=one.name)]
             if part:
-                _measure(loaded, rows, text, length, block_step, part, candidates[0])
+                _measure(loaded, rows, text, length, steps, part, candidates[0])
 
 
 def _measure(
-    loaded: LoadedModel, rows: Rows, text: str, length: int, block_step: int, part: list[Candidate], ours: Candidate
+    loaded: LoadedModel,
+    rows: Rows,
+    text: str,
+    length: int,
+    steps: tuple[int, int],
+    part: list[Candidate],
+    ours: Candidate,
 ) -> None:
     """Some methods on one text; ours, which the oracles follow, is always measured."""
     oracles = rows.wants(text=text, length=length, method=ORACLES[0])
     ids, measured = text_ids(loaded, text, length), part if ours in part else [ours, *part]
-    found = measure_fidelity(loaded, ids, measured, block_step, oracles)
+    found = measure_fidelity(loaded, ids, measured, steps[0], oracles, steps[1])
     found = {key: sums for key, sums in found.items() if ours in part or key[0] != ours.name}
     new = []
     for (method, phase), sums in over_layers(found).items():
         if not sums.total:
             show(f"{method}, {phase}: its budget covers the text of {length} tokens; left out")
             continue
-        new.append({"text": text, "length": length, "method": method, "phase": phase, "block_step": block_step})
-        new[-1] |= sums.figures()
+        which = {"text": text, "length": length, "method": method, "phase": phase}
+        new.append(which | {"block_step": steps[0], "layer_step": steps[1]} | sums.figures())
         show(new[-1])
     if new:
         rows.add(new)

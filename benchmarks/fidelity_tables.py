@@ -45,7 +45,7 @@ def fidelity() -> str:
     for text, length in dict.fromkeys((row["text"], row["length"]) for row in rows):
         own = [row for row in rows if (row["text"], row["length"]) == (text, length)]
         parts.append(f"### {text}, {int(length):,} tokens\n")
-        parts.append(_steps({row["block_step"] for row in own}))
+        parts.append(_steps(own))
         parts.append(_methods(own) + _unmeasured("Methods", _choosing(), (row["method"] for row in own)))
     return "\n".join([*parts, *_distributions()])
 
@@ -56,7 +56,7 @@ def ablations() -> str:
     if not rows:
         return ""
     lengths = ", ".join(sorted({f"{int(row['length']):,}" for row in rows}))
-    steps = _steps({row["block_step"] for row in rows})
+    steps = _steps(rows)
     note = f"Tokens of the text: {lengths}. No facts and look-ups were measured for variants.\n\n{steps}"
     if any(row["stage"] != "fidelity" for row in read_rows("ablations")):
         note = f"Tokens of the text: {lengths}. Only the stage of fidelity is shown.\n\n{steps}"
@@ -68,8 +68,13 @@ def ablations() -> str:
     )
 
 
-def _steps(steps: Iterable[str]) -> str:
-    return f"Of the prompt's blocks, one in {' or '.join(sorted(steps))} is compared.\n"
+def _steps(rows: Iterable[Row]) -> str:
+    blocks, layers = zip(*((row["block_step"], row["layer_step"]) for row in rows), strict=True)
+    return f"Compared: one in {_either(blocks)} of the prompt's blocks, one in {_either(layers)} of the layers.\n"
+
+
+def _either(steps: Iterable[str]) -> str:
+    return " or ".join(sorted(set(steps), key=int))
 
 
 def _choosing() -> list[str]:

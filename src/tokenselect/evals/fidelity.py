@@ -91,7 +91,12 @@ Found = dict[tuple[str, str, int], Sums]  # by method, phase and layer
 
 @torch.no_grad()
 def measure_fidelity(
-    loaded: LoadedModel, ids: Tensor, candidates: Sequence[Candidate], block_step: int = 1, oracles: bool = True
+    loaded: LoadedModel,
+    ids: Tensor,
+    candidates: Sequence[Candidate],
+    block_step: int = 1,
+    oracles: bool = True,
+    layer_step: int = 1,
 ) -> Found:
     """Read a text densely and compare every method at every layer.
 
@@ -101,6 +106,7 @@ def measure_fidelity(
         candidates: the methods; those whose budget covers a span are not counted there.
         block_step: of the prompt's blocks only every so many are compared (stateful methods see all of them).
         oracles: whether to measure them too.
+        layer_step: only every so many layers are compared.
 
     Returns:
         Sums by method, phase and layer; `ORACLES` choose by the true attention, with the first candidate's k.
@@ -119,7 +125,12 @@ def measure_fidelity(
     host = TokenSelect(loaded.model, config)
     found: Found = defaultdict(Sums)
     plans = _Plans(host, length)
-    watched = _Watched(host.ops, lambda *facts: _compare(found, host, candidates, plans, block_step, oracles, *facts))
+
+    def tell(layer: int, *facts: Any) -> None:
+        if layer % layer_step == 0:
+            _compare(found, host, candidates, plans, block_step, oracles, layer, *facts)
+
+    watched = _Watched(host.ops, tell)
     host.ops = watched  # type: ignore[assignment]
     with host:
         loaded.model(ids, logits_to_keep=1)

@@ -52,6 +52,7 @@ class Truth:
         turned = rotate(keys, self.cos[:, None], self.sin[:, None], table.interleaved)
         self._keys = turned.transpose(0, 1).contiguous()  # [Hkv, T, D]
         self._known: dict[tuple[Span, ...], Tensor] = {}  # asked for by every method
+        self._middles: dict[tuple[Span, ...], Tensor] = {}
         self._bests: dict[tuple[tuple[Span, ...], int, bool], Tensor] = {}
         self._copies: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -139,10 +140,13 @@ class Truth:
 
     def _middle(self, spans: tuple[Span, ...]) -> Tensor:
         """As `received`; zero where tokens are sinks or local to the block."""
-        received = self.received(spans)
-        places = torch.arange(received.shape[2], device=received.device)
-        ends = torch.tensor([self._high(span) for span in spans], device=received.device)
-        return received * ((places >= self.base.num_sink_tokens) & (places < ends[:, None]))[:, None]
+        if spans not in self._middles:
+            received = self.received(spans)
+            places = torch.arange(received.shape[2], device=received.device)
+            ends = torch.tensor([self._high(span) for span in spans], device=received.device)
+            inside = (places >= self.base.num_sink_tokens) & (places < ends[:, None])
+            self._middles[spans] = received * inside[:, None]
+        return self._middles[spans]
 
     def _best(self, spans: tuple[Span, ...], k: int, by_head: bool) -> Tensor:
         """[spans, Hq or 1, k] tokens of the middle with the most attention of all queries."""
