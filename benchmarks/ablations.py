@@ -29,7 +29,8 @@ from tokenselect.models import LoadedModel, load_model
 
 _AT_ONCE = 6  # variants that share the true attention
 _FIGURES = ("middle_mass", "output_error")
-_COLUMNS = ("setting", "value", "stage", "length", "block_step", "n", "right", "digits", "digits_right", "hit_rate")
+_STEPS = ("block_step", "layer_step")
+_COLUMNS = ("setting", "value", "stage", "length", *_STEPS, "n", "right", "digits", "digits_right", "hit_rate")
 _STAGES = ("facts", "lookups", "fidelity")
 
 
