@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from benchmarks.performance import table
+from benchmarks.plain_texts import TEXTS
 from benchmarks.report import read_rows
 from benchmarks.variants.grid import variants
 from tokenselect.evals.fidelity import NUM_STEPS, NUM_TAIL, ORACLES, PHASES
@@ -21,8 +22,10 @@ dense attention to tokens outside the default's sinks and local window, the perc
 _FIDELITY = f"""## Fidelity
 
 {_PHASES}
-Budgets differ where methods are named for them: see `tokenselect eval --help`. `{ORACLES[0]}` takes the 512 tokens with
-most true attention over all heads of a layer, `{ORACLES[1]}` those of each head (no output is computed for it).
+`{ORACLES[0]}` takes the 512 tokens with most true attention over all heads of a layer, `{ORACLES[1]}` those of each head
+(no output is computed for it). A method that attends more than those 512 there, such as `snapkv` after the prompt, may
+hold more than an oracle. Attended tokens stand at re-indexed positions; what that changes is part of the error, the
+oracle's too.
 """
 _KL = """### Next-token distributions
 
@@ -47,6 +50,7 @@ def fidelity() -> str:
         parts.append(f"### {text}, {int(length):,} tokens\n")
         parts.append(_steps(own))
         parts.append(_methods(own) + _unmeasured("Methods", _choosing(), (row["method"] for row in own)))
+    parts.append(_unmeasured("Texts", TEXTS, (row["text"] for row in rows)))
     return "\n".join([*parts, *_distributions()])
 
 
