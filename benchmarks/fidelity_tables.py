@@ -22,8 +22,8 @@ dense attention to tokens outside the default's sinks and local window, the perc
 _FIDELITY = f"""## Fidelity
 
 {_PHASES}
-`{ORACLES[0]}` takes the 512 tokens with most true attention over all heads of a layer, `{ORACLES[1]}` those of each head
-(no output is computed for it). A method that attends more than those 512 there, such as `snapkv` after the prompt, may
+`{ORACLES[0]}` takes the 512 tokens with most true attention over all heads of a layer, `{ORACLES[1]}` those of each
+head (no output is computed for it). A method that attends more than 512 there, such as `snapkv` after the prompt, may
 hold more than an oracle. Attended tokens stand at re-indexed positions; what that changes is part of the error, the
 oracle's too.
 """
