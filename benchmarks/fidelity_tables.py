@@ -25,7 +25,8 @@ _FIDELITY = f"""## Fidelity
 `{ORACLES[0]}` takes the 512 tokens with most true attention over all heads of a layer, `{ORACLES[1]}` those of each
 head (no output is computed for it). A method that attends more than 512 there, such as `snapkv` after the prompt, may
 hold more than an oracle. Attended tokens stand at re-indexed positions; what that changes is part of the error, the
-oracle's too.
+oracle's too. Only blocks that a budget does not cover are compared, every so many: where k, the local window or the
+block size differ, *prefill* is about other queries, so compare *tail* and *decode* there.
 """
 _KL = """### Next-token distributions
 
@@ -51,7 +52,7 @@ def fidelity() -> str:
         parts.append(_steps(own))
         parts.append(_methods(own) + _unmeasured("Methods", _choosing(), (row["method"] for row in own)))
     parts.append(_unmeasured("Texts", TEXTS, (row["text"] for row in rows)))
-    return "\n".join([*parts, *_distributions()])
+    return "\n".join(filter(None, [*parts, *_distributions()]))
 
 
 def ablations() -> str:
