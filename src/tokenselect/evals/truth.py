@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from tokenselect.rotary import RotaryTable
 
 Span = tuple[int, int, int]  # start and end of a block, and its first query that is compared
+_QUERIES_AT_ONCE = 512
 
 
 class Truth:
@@ -48,23 +50,30 @@ class Truth:
         self.table, self.scale, self.base, self.ops = table, scale, base, ops
         self.cos, self.sin = table.rotation(slice(len(keys)), torch.float32)
         turned = rotate(keys, self.cos[:, None], self.sin[:, None], table.interleaved)
-        self._keys = turned.transpose(0, 1)  # [Hkv, T, D]
-        self._known: dict[Span, Tensor] = {}  # asked for by every method
-        self._bests: dict[tuple[Span, int, bool], Tensor] = {}
+        self._keys = turned.transpose(0, 1).contiguous()  # [Hkv, T, D]
+        self._known: dict[tuple[Span, ...], Tensor] = {}  # asked for by every method
+        self._middles: dict[tuple[Span, ...], Tensor] = {}
+        self._bests: dict[tuple[tuple[Span, ...], int, bool], Tensor] = {}
         self._copies: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def received(self, span: Span) -> Tensor:
-        """Attention [Hq, end] that each token gets from the span's queries that are compared, summed over them."""
-        if span not in self._known:
-            _, end, first = span
-            cos, sin = self.cos[first:end], self.sin[first:end]
-            q = rotate(self.queries[first:end], cos[:, None], sin[:, None], self.table.interleaved).transpose(0, 1)
-            num_kv_heads = len(self._keys)
-            logits = q.reshape(num_kv_heads, -1, q.shape[-1]) @ self._keys[:, :end].transpose(1, 2) * self.scale
-            logits = logits.view(-1, end - first, end)
-            future = torch.ones(end - first, end, dtype=torch.bool, device=q.device).triu(first + 1)
-            self._known[span] = logits.masked_fill_(future, float("-inf")).softmax(-1).sum(1)
-        return self._known[span]
+    def received(self, spans: tuple[Span, ...]) -> Tensor:
+        """Attention that each token gets from a span's queries that are compared, summed over them.
+
+        Args:
+            spans: with equally many such queries.
+
+        Returns:
+            [spans, Hq, T] float32, T the latest end.
+        """
+        if spans not in self._known:
+            rows, end = self._rows(spans), max(end for _, end, _ in spans)
+            q = rotate(self.queries[rows], self.cos[rows, None], self.sin[rows, None], self.table.interleaved)
+            q = q.transpose(0, 1).reshape(len(self._keys), -1, q.shape[-1])
+            logits = (q @ self._keys[:, :end].transpose(1, 2) * self.scale).view(-1, len(rows), end)
+            future = torch.arange(end, device=rows.device) > rows[:, None]
+            shares = logits.masked_fill_(future, float("-inf")).softmax(-1)
+            self._known[spans] = shares.view(len(shares), len(spans), -1, end).sum(2).transpose(0, 1)
+        return self._known[spans]
 
     def int8_copy(self, center_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """What scoring reads with `score_dtype` "int8": integers, scales and center."""
@@ -73,79 +82,111 @@ class Truth:
             self._copies[center_tokens] = *self.ops.quantize_rows(self.keys, center), center[None]
         return self._copies[center_tokens]
 
-    def compare(self, spans: list[Span], attended: list[Tensor], k: int) -> Sums:
+    def compare(self, spans: Sequence[Span], attended: Sequence[Tensor], k: int) -> Sums:
         """Count what the spans' choices keep; `k` tokens are what an oracle would have chosen (0: `base`'s)."""
         from tokenselect.evals.fidelity import Sums
 
         sums = Sums()
-        for span, positions in zip(spans, attended, strict=True):
-            sums += self._kept(span, positions, k or self.base.num_selected_tokens)
-        sums.error, sums.norm = self._error(spans, attended)
+        for first, part in _together(spans):
+            positions = attended[first : first + len(part)]
+            sums += self._kept(part, positions, k or self.base.num_selected_tokens)
+            sums += self._distance(part, positions)
         return sums
 
-    def oracle(self, span: Span, by_head: bool) -> Sums:
+    def oracle(self, spans: Sequence[Span], by_head: bool) -> Sums:
         """What the best choice keeps: one for all heads, or one for each."""
         from tokenselect.evals.fidelity import Sums
 
-        received, (low, high) = self.received(span), self._middle(span)
-        if high - low < self.base.num_selected_tokens:
-            return Sums()
-        middle = received[:, low:high]
-        best = self._best(span, self.base.num_selected_tokens, by_head)
-        kept = float(middle.gather(1, best.expand(len(middle), -1)).sum())
-        total, all_middle = float(received.sum()), float(middle.sum())
-        sums = Sums(mass=total - all_middle + kept, total=total, middle_mass=kept, middle_total=all_middle)
-        if not by_head:
-            device = best.device
-            sinks, recent = torch.arange(low, device=device), torch.arange(high, span[1], device=device)
-            positions = torch.cat((sinks, best[0].sort().values + low, recent))
-            sums.error, sums.norm = self._error([span], [positions])
+        sums, k = Sums(), self.base.num_selected_tokens
+        for _, part in _together([span for span in spans if self._high(span) - self.base.num_sink_tokens >= k]):
+            best, middle = self._best(part, k, by_head), self._middle(part)
+            kept = middle.gather(2, best.expand(-1, middle.shape[1], -1)).sum()
+            total, of_middle, kept_there = torch.stack((self.received(part).sum(), middle.sum(), kept)).tolist()
+            sums += Sums(
+                mass=total - of_middle + kept_there, total=total, middle_mass=kept_there, middle_total=of_middle
+            )
+            if not by_head:
+                sums += self._distance(
+                    part, [self._attended(span, own[0]) for span, own in zip(part, best, strict=True)]
+                )
         return sums
 
-    def _kept(self, span: Span, positions: Tensor, k: int) -> Sums:
+    def _kept(self, spans: tuple[Span, ...], attended: Sequence[Tensor], k: int) -> Sums:
         from tokenselect.evals.fidelity import Sums
 
-        received, (low, high) = self.received(span), self._middle(span)
-        is_attended = torch.zeros(span[1], dtype=torch.bool, device=received.device)
-        is_attended[positions] = True
-        chosen, middle = is_attended[low:high], received[:, low:high]
-        sums = Sums(
-            mass=float((received * is_attended).sum()),
-            total=float(received.sum()),
-            middle_mass=float((middle * chosen).sum()),
-            middle_total=float(middle.sum()),
-        )
-        if high - low > k:
-            sums.choices = 1
+        received, middle = self.received(spans), self._middle(spans)
+        chosen = torch.zeros(len(spans), 1, received.shape[2], device=received.device)
+        for own, positions in zip(chosen, attended, strict=True):
+            own[0, positions] = 1
+        counted = torch.stack([part.sum() for part in (received * chosen, received, middle * chosen, middle)])
+        sums = Sums(*counted.tolist())
+        if ranked := tuple(span for span in spans if self._high(span) - self.base.num_sink_tokens > k):
+            choices = chosen[[span in ranked for span in spans]]
+            sums.choices = len(ranked)
             sums.recall_shared, sums.recall_heads = (
-                float(chosen[self._best(span, k, by_head)].float().mean()) for by_head in (False, True)
+                float(choices.expand(-1, best.shape[1], -1).gather(2, best).mean((1, 2)).sum())
+                for best in (self._best(ranked, k, by_head) for by_head in (False, True))
             )
         return sums
 
-    def _middle(self, span: Span) -> tuple[int, int]:
-        """Tokens that are neither sinks nor local to the block."""
-        low = self.base.num_sink_tokens
-        return low, max(low, span[0] - self.base.num_local_tokens)
+    def _high(self, span: Span) -> int:
+        """One past the last token that is not local to the block."""
+        return max(self.base.num_sink_tokens, span[0] - self.base.num_local_tokens)
 
-    def _best(self, span: Span, k: int, by_head: bool) -> Tensor:
-        """[Hq or 1, k] tokens of the middle with the most attention of all queries."""
-        key = span, k, by_head
+    def _attended(self, span: Span, chosen: Tensor) -> Tensor:
+        """Sinks, chosen tokens and all from the local window on."""
+        sinks = torch.arange(self.base.num_sink_tokens, device=chosen.device)
+        return torch.cat((sinks, chosen.sort().values, torch.arange(self._high(span), span[1], device=chosen.device)))
+
+    def _middle(self, spans: tuple[Span, ...]) -> Tensor:
+        """As `received`; zero where tokens are sinks or local to the block."""
+        if spans not in self._middles:
+            received = self.received(spans)
+            places = torch.arange(received.shape[2], device=received.device)
+            ends = torch.tensor([self._high(span) for span in spans], device=received.device)
+            inside = (places >= self.base.num_sink_tokens) & (places < ends[:, None])
+            self._middles[spans] = received * inside[:, None]
+        return self._middles[spans]
+
+    def _best(self, spans: tuple[Span, ...], k: int, by_head: bool) -> Tensor:
+        """[spans, Hq or 1, k] tokens of the middle with the most attention of all queries."""
+        key = spans, k, by_head
         if key not in self._bests:
-            low, high = self._middle(span)
-            middle = self.received(span)[:, low:high]
-            self._bests[key] = (middle if by_head else middle.sum(0, keepdim=True)).topk(k).indices
+            middle = self._middle(spans)
+            middle = middle if by_head else middle.sum(1, keepdim=True)
+            # Attention may be so small that it is zero: even then a token outside the middle comes after it.
+            places = torch.arange(middle.shape[2], device=middle.device)
+            ends = torch.tensor([self._high(span) for span in spans], device=middle.device)
+            outside = (places < self.base.num_sink_tokens) | (places >= ends[:, None])
+            self._bests[key] = middle.masked_fill(outside[:, None], -1.0).topk(k).indices
         return self._bests[key]
 
-    def _error(self, spans: list[Span], attended: list[Tensor]) -> tuple[float, float]:
+    def _rows(self, spans: Sequence[Span]) -> Tensor:
+        """Queries that are compared."""
+        return torch.cat([torch.arange(first, end, device=self.queries.device) for _, end, first in spans])
+
+    def _distance(self, spans: Sequence[Span], attended: Sequence[Tensor]) -> Sums:
         """Squared distance of the attention over a choice, at re-indexed positions, to dense attention."""
-        longest = max(len(positions) for positions in attended)
-        cos, sin = self.table.rotation(slice(longest), torch.float32)
+        from tokenselect.evals.fidelity import Sums
+
+        longest, rows = max(len(positions) for positions in attended), self._rows(spans)
         starts = torch.tensor([0, *accumulate(end - first for _, end, first in spans)])
         slot_starts = torch.tensor([0, *accumulate(len(positions) for positions in attended)])
-        queries = torch.cat([self.queries[first:end] for _, end, first in spans])
         found = self.ops.sparse_attention(
-            queries, self.keys, self.values, starts, torch.cat(attended), slot_starts, cos, sin, self.scale,
-            interleaved=self.table.interleaved,
+            self.queries[rows], self.keys, self.values, starts, torch.cat(list(attended)), slot_starts,
+            self.cos[:longest], self.sin[:longest], self.scale, interleaved=self.table.interleaved,
         )  # fmt: skip
-        true = torch.cat([self.out[first:end] for _, end, first in spans]).float()
-        return float((found.float() - true).square().sum()), float(true.square().sum())
+        true = self.out[rows].float()
+        error, norm = torch.stack(((found.float() - true).square().sum(), true.square().sum())).tolist()
+        return Sums(error=error, norm=norm)
+
+
+def _together(spans: Sequence[Span]) -> Iterator[tuple[int, tuple[Span, ...]]]:
+    """Consecutive spans with equally many queries, as many as may be compared at once, and the index of the first."""
+    begin = 0
+    for count, found in groupby(spans, lambda span: span[1] - span[2]):
+        run = tuple(found)
+        step = max(1, _QUERIES_AT_ONCE // count)
+        for at in range(0, len(run), step):
+            yield begin + at, run[at : at + step]
+        begin += len(run)
