@@ -2,9 +2,9 @@
 
     python -m benchmarks.plots
 
-Makes results/{latency,block_attention,serving}.{png,svg}, of what was measured. Colours can be told apart with every
-kind of colour vision (after Okabe and Ito, 2008), lines differ in their markers too, and the background is transparent:
-lines, and the grey of axes and text, are read on white and on black.
+Makes results/{latency,block_attention,serving,needles}.{png,svg}, of what was measured. Colours can be told apart with
+every kind of colour vision (after Okabe and Ito, 2008), lines differ in their markers too, and the background is
+transparent: lines, and the grey of axes and text, are read on white and on black.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks import results_of, serving_report
+from benchmarks.eval_rows import cells
 from benchmarks.must_hold import PAPER
-from benchmarks.report import RESULTS
+from benchmarks.report import RESULTS, read_rows
+from tokenselect.evals.charts import heat_map
 
 _GREY = "#808080"
 _METHODS = {
@@ -37,6 +39,7 @@ _SHAPES = {
     "qwen2-7b": ("Qwen2-7B, 28/4 heads of 128", "#D55E00", "s"),
     "llama-3-8b": ("Llama-3-8B, 32/8 heads of 128", "#009E73", "^"),
 }
+_NEEDLE, _NEEDLE_METHODS = "fact_bible", ("tokenselect", "streaming", "dense")
 _SETTINGS: Any = {
     "font.size": 9,
     "svg.hashsalt": "tokenselect",  # the same file from the same numbers
@@ -57,6 +60,19 @@ def main() -> None:
             _save(_block_attention(), "block_attention")
         if results_of.rows_of("serving"):
             _save(_serving(), "serving")
+        if read_rows("eval"):
+            _save(_needles(), "needles")
+
+
+def _needles() -> Figure:
+    """Facts in a real text by tokens and depth, on the device that has most cells."""
+    by_device = {row["device"]: cells(row["device"]) for row in read_rows("eval")}
+    known = max(by_device.values(), key=len)
+    order = [(method, name) for method in _NEEDLE_METHODS for name in known if name.method == method]
+    shown = {name._replace(settings=""): known[name] for _, name in order if name.task == _NEEDLE}
+    figure = plt.figure(figsize=(9, 3.2), layout="constrained")
+    heat_map(figure, shown, _NEEDLE)
+    return figure
 
 
 def _latency() -> Figure:

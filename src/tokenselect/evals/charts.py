@@ -31,7 +31,7 @@ def draw(cells: Mapping[Name, Cell], folder: Path, depth_tasks: set[str]) -> lis
         of_task = {name: cell for name, cell in cells.items() if name.task == task}
         if task in depth_tasks:
             figure = Figure(figsize=(1.2 + 2.6 * len(_methods(of_task)), 3.2), layout="constrained")
-            _heat_map(figure, of_task, task)
+            heat_map(figure, of_task, task)
             files.append(_save(figure, folder / f"{task}_by_depth.png"))
     figure = Figure(figsize=(7, 4), layout="constrained")
     _lines(figure, cells)
@@ -43,7 +43,8 @@ def _methods(cells: Mapping[Name, Cell]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((name.method, name.settings) for name in cells))
 
 
-def _heat_map(figure: Any, cells: Mapping[Name, Cell], task: str) -> None:
+def heat_map(figure: Any, cells: Mapping[Name, Cell], task: str) -> None:
+    """Draw the score of a task by tokens and depth into a matplotlib figure, a panel for each method."""
     methods, lengths = _methods(cells), sorted({name.length for name in cells})
     axes = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
     for axis, (method, settings) in zip(axes, methods, strict=True):
@@ -52,7 +53,9 @@ def _heat_map(figure: Any, cells: Mapping[Name, Cell], task: str) -> None:
             cell = cells.get(Name(task, length, method, settings))
             for depth, score in (cell.by_depth() if cell else {}).items():
                 grid[int(depth * NUM_DEPTHS)][column] = score
-        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", extent=(-0.5, len(lengths) - 0.5, 1, 0))
+        image = axis.imshow(
+            grid, vmin=0, vmax=1, cmap="cividis", aspect="auto", extent=(-0.5, len(lengths) - 0.5, 1, 0)
+        )
         axis.set_xticks(range(len(lengths)), [f"{length // 1000}K" for length in lengths])
         axis.set_title(f"{method}\n{settings}" if settings else method, fontsize=9)
     axes[0].set_ylabel("depth of the needle")
