@@ -167,7 +167,8 @@ def _title(what: str) -> str:
 
 
 def _save(figure: Figure, name: str) -> None:
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     for kind in ("png", "svg"):
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(RESULTS / f"{name}.{kind}", dpi=160, transparent=True, metadata=metadata)
