@@ -1,6 +1,8 @@
 // Attention over the chosen rows at re-indexed positions: the i-th attended row is rotated to position i.
 //
-// Few queries (a decode step): one pass that gathers, rotates, weighs and sums, split over the keys. Many queries: keys
+// Few queries (a decode step): one pass that gathers, rotates, weighs and sums, split over the keys. Only differences of
+// positions count, so a chunk's keys are rotated as if it began at 0 and the queries by as much less: of the tables, which
+// are as large as the keys of a head, a few rows are read that stay in cache. Many queries: keys
 // are gathered, rotated and packed once per KV head, then tiles of query rows go over them in register-blocked matrix
 // products with a running softmax (Dao, "FlashAttention-2", algorithm 1), so no logits beyond a tile's chunk exist.
 // A row is one query of one head of the group: row = query * group + head.
@@ -57,16 +59,16 @@ TS_INLINE void fetch(const Head& h, const Rows& rows, int64_t i) {
   for (int64_t at = 0; at < h.a.head_dim * size; at += 64) __builtin_prefetch(row + at, 0, 2);
 }
 
-// The i-th attended key, rotated.
+// The i-th attended key, rotated to a position.
 template <DType T>
-TS_INLINE void load_key(const Head& h, int64_t i, float* out) {
+TS_INLINE void load_key(const Head& h, int64_t i, int64_t position, float* out) {
   const int64_t from = key_element(h, h.a.keys, i), half = h.a.half;
   if (h.a.interleaved || 2 * half != h.a.head_dim || half % W) {
     for (int64_t d = 0; d < h.a.head_dim; d += W) store(out + d, load_as_float(h.a.keys.data, from + d, T));
-    return rotate_to(h, i, out);
+    return rotate_to(h, position, out);
   }
   // The usual layout: nothing is stored that is read again at once.
-  const float *cos = h.a.cos + i * half, *sin = h.a.sin + i * half;
+  const float *cos = h.a.cos + position * half, *sin = h.a.sin + position * half;
   for (int64_t d = 0; d < half; d += W) {
     const vf a = load_as_float(h.a.keys.data, from + d, T), b = load_as_float(h.a.keys.data, from + half + d, T);
     const vf c = load<vf>(cos + d), s = load<vf>(sin + d);
@@ -75,11 +77,11 @@ TS_INLINE void load_key(const Head& h, int64_t i, float* out) {
   }
 }
 
-// A row's query, rotated and scaled.
-TS_INLINE void load_query(const Head& h, int64_t row, float* out) {
+// A row's query, rotated to a position and scaled.
+TS_INLINE void load_query(const Head& h, int64_t row, int64_t position, float* out) {
   const int64_t from = h.element(row);
   for (int64_t d = 0; d < h.a.head_dim; d += W) store(out + d, load_as_float(h.a.queries, from + d, h.a.dtype));
-  rotate_to(h, h.limit(row) - 1, out);
+  rotate_to(h, position, out);
   for (int64_t d = 0; d < h.a.head_dim; d += W) store(out + d, load<vf>(out + d) * h.a.scale);
 }
 
@@ -191,17 +193,18 @@ void attend_few(const Head& h, int64_t from, int64_t to, float* out, Running* st
   const int64_t rows = h.rows(), dim = h.a.head_dim;
   float* queries = (float*)scratch(2, (rows * dim + kChunk * dim + 4 * kChunk) * sizeof(float));
   float *keys = queries + rows * dim, *logits = keys + kChunk * dim;
-  for (int64_t r = 0; r < rows; r++) {
-    load_query(h, r, queries + r * dim);
-    state[r] = start(h, r, from == 0);
-  }
+  for (int64_t r = 0; r < rows; r++) state[r] = start(h, r, from == 0);
   __builtin_memset(out, 0, rows * dim * sizeof(float));
   for (int64_t at = from; at < to; at += kChunk) {
     const int64_t n = to - at < kChunk ? to - at : kChunk;
     for (int64_t i = 0; i < n; i++) {
       if (at + i + kAhead < to) fetch<T>(h, h.a.keys, at + i + kAhead);
       fetch<T>(h, h.a.values, at + i);
-      load_key<T>(h, at + i, keys + i * dim);
+      load_key<T>(h, at + i, i, keys + i * dim);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t ahead = h.limit(r) - 1 - at;  // negative: the row sees none of these keys
+      load_query(h, r, ahead > 0 ? ahead : 0, queries + r * dim);
     }
     for (int64_t r = 0; r < rows;) {
       float* sums = out + r * dim;
@@ -343,7 +346,7 @@ void pack_chunk(const Head& h, int64_t chunk, const Packed<M>& to) {
   for (int64_t panel = 0; panel < kChunk; panel += NR, keys += NR * dim) {
     for (int64_t j = 0; j < NR; j++) {
       if (from + panel + j + kAhead < h.length) fetch<T>(h, h.a.keys, from + panel + j + kAhead);
-      if (from + panel + j < h.length) load_key<T>(h, from + panel + j, rows + j * dim);
+      if (from + panel + j < h.length) load_key<T>(h, from + panel + j, from + panel + j, rows + j * dim);
       else __builtin_memset(rows + j * dim, 0, dim * sizeof(float));
     }
     for (int64_t d = 0; d < dim; d++)
@@ -376,7 +379,7 @@ void attend_tile(const Head& h, int64_t first, int64_t last, const Packed<M>& pa
   __builtin_memset(out, 0, padded * dim * sizeof(float));
   for (int64_t r = 0; r < padded; r++) {
     if (r < rows) {
-      load_query(h, first + r, one);
+      load_query(h, first + r, h.limit(first + r) - 1, one);
       states[r] = start(h, first + r, true);
     }
     for (int64_t d = 0; d < dim; d++) queries[r * dim + d] = r < rows ? M::from(one[d]) : E(0);
