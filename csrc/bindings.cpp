@@ -115,6 +115,9 @@ void sparse_attention(StableIValue* stack, uint64_t, uint64_t) {
   args.sink_logits = sink_logits.empty() ? nullptr : sink_logits.shaped({args.num_q_heads}).data<float>();
   check_values(args, {queries.size(0), slots.size(0), cos.size(0)});
   kernels(args.head_dim).sparse_attention(args);
+  const int64_t done = args.num_blocks > 0 ? args.query_start_loc[args.num_blocks] : 0, row = args.num_q_heads * args.head_dim;
+  const int64_t bytes = args.dtype == DType::f32 ? 4 : 2;  // queries after the last block are padding
+  std::memset((char*)args.out + done * row * bytes, 0, (queries.size(0) - done) * row * bytes);
 }
 
 // Like `rows`, with `last` numbers in the last dimension.
@@ -227,6 +230,21 @@ void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
   kernels(args.size).quantize_rows(args);
 }
 
+void write_rows(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor keys(stack[0], "keys"), values(stack[1], "values"), slots(stack[2], "slots");
+  const Tensor key_rows(stack[3], "key_rows"), value_rows(stack[4], "value_rows");
+  WriteArgs args{};
+  keys.shaped({-1, -1, -1}), keys.float_dtype();
+  args.num_heads = keys.size(1), args.head_dim = keys.size(2);
+  values.shaped({keys.size(0), args.num_heads, args.head_dim}).same_dtype(keys);
+  for (const Tensor* into : {&key_rows, &value_rows}) into->shaped({-1, args.num_heads, args.head_dim}).same_dtype(keys);
+  args.from[0] = keys.rows(), args.from[1] = values.rows();
+  args.to[0] = key_rows.rows(), args.to[1] = value_rows.rows();
+  args.slots = slots.shaped({-1}).data<int64_t>(), args.count = slots.size(0);
+  check_values(args);
+  store_rows(args);
+}
+
 }  // namespace
 
 void parallel_ranges(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -258,7 +276,8 @@ __attribute__((visibility("default"))) int tokenselect_register() {
          aoti_torch_library_impl(library, "linear3", tokenselect::linear3) ||
          aoti_torch_library_impl(library, "rms_norm", tokenselect::rms_norm) ||
          aoti_torch_library_impl(library, "quantize_rows", tokenselect::quantize_rows) ||
-         aoti_torch_library_impl(library, "pool_queries", tokenselect::pool_queries);
+         aoti_torch_library_impl(library, "pool_queries", tokenselect::pool_queries) ||
+         aoti_torch_library_impl(library, "write_rows", tokenselect::write_rows);
 }
 __attribute__((visibility("default"))) int tokenselect_use(const char* name) { return tokenselect::use_kernels(name); }
 __attribute__((visibility("default"))) const char* tokenselect_runnable() { return tokenselect::runnable_kernels(); }

@@ -112,4 +112,10 @@ void check_values(const AttentionArgs& a, const AttentionSizes& sizes) {
     check_slots(a.slots + a.slot_start_loc[0], a.slot_start_loc[a.num_blocks] - a.slot_start_loc[0], rows);
 }
 
+void check_values(const WriteArgs& a) {
+  check_range("slots", a.count, 0, a.from[0].count);
+  const int64_t rows = a.to[0].count < a.to[1].count ? a.to[0].count : a.to[1].count;
+  for (int64_t i = 0; i < a.count; i++) check_range("slots", a.slots[i], -1, rows - 1);
+}
+
 }  // namespace tokenselect

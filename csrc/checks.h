@@ -19,6 +19,7 @@ void check_values(const ScoreArgs&, const ScoreSizes&);
 void check_values(const TopkArgs&, int64_t num_votes);
 void check_values(const PoolArgs&, int64_t num_queries, int64_t positions);
 void check_values(const AttentionArgs&, const AttentionSizes&);
+void check_values(const WriteArgs&);
 
 // Heads that the kernels take: whole groups of vectors of 16, pairs that fit in.
 void check_heads(int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t half);

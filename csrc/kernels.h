@@ -149,6 +149,15 @@ struct QuantizeArgs {
   float* scales;        // [rows, num_heads]
 };
 
+// New tokens' keys and values, each [count or more rows, num_heads, head_dim], into rows of their cache.
+struct WriteArgs {
+  Rows from[2], to[2];
+  const int64_t* slots;  // [count], rows of the cache; negative: written nowhere
+  int64_t count, num_heads, head_dim;
+};
+
+void store_rows(const WriteArgs&);
+
 // One set per instruction set.
 struct Kernels {
   const char* name;

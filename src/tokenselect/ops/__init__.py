@@ -1,7 +1,7 @@
 """The operations and the choice, made once, of who computes them.
 
-A backend is a module with `NAME`, `why_not`, `pool_queries`, `score_tokens`, `topk_tokens`, `sparse_attention` and
-`quantize_rows`; `ops.reference` is the definition of the last five.
+A backend is a module with `NAME`, `why_not`, `pool_queries`, `score_tokens`, `topk_tokens`, `sparse_attention`,
+`quantize_rows` and `write_rows`; `ops.reference` is the definition of the last six.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Backend(Protocol):
     topk_tokens: Callable[..., Tensor]
     sparse_attention: Callable[..., Tensor]
     quantize_rows: Callable[..., tuple[Tensor, Tensor]]
+    write_rows: Callable[..., None]
 
 
 # Fastest first: `auto` takes the first that can run.

@@ -41,6 +41,7 @@ _SCHEMAS = (
     "linear3(Tensor rows, Tensor weight0, Tensor bias0, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) "
     "-> (Tensor, Tensor, Tensor)",
     "rms_norm(Tensor rows, Tensor weight, float epsilon) -> Tensor",
+    "write_rows(Tensor keys, Tensor values, Tensor slots, Tensor(a!) key_rows, Tensor(b!) value_rows) -> ()",
     "quantize_rows(Tensor rows, Tensor center, Tensor(a!) integers, Tensor(b!) scales) -> ()",
 )
 
@@ -213,10 +214,12 @@ def sparse_attention(
     interleaved: bool = False,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `ops.reference.sparse_attention`."""
     queries = queries.contiguous()
-    out = torch.zeros_like(queries) if int(query_start_loc[-1]) < queries.shape[0] else torch.empty_like(queries)
+    if out is None:
+        out = torch.empty_like(queries)
     torch.ops.tokenselect.sparse_attention(
         queries,
         _rows(keys),
@@ -241,6 +244,11 @@ def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, T
     given = _NO_FLOATS if center is None else center.contiguous()
     torch.ops.tokenselect.quantize_rows(_rows(rows), given, integers, scales)
     return integers, scales
+
+
+def write_rows(keys: Tensor, values: Tensor, slots: Tensor, key_rows: Tensor, value_rows: Tensor) -> None:
+    """See `ops.reference.write_rows`."""
+    torch.ops.tokenselect.write_rows(_rows(keys), _rows(values), slots, key_rows, value_rows)
 
 
 def takes_linear(weight: Tensor) -> bool:

@@ -223,6 +223,21 @@ def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, T
     return (wide / scales[..., None]).round().to(torch.int8), scales
 
 
+def write_rows(keys: Tensor, values: Tensor, slots: Tensor, key_rows: Tensor, value_rows: Tensor) -> None:
+    """Write keys and values of new tokens into their rows of a cache.
+
+    Args:
+        keys: [at least num_tokens, num_kv_heads, head_dim], raw, any strides between rows.
+        values: like `keys`.
+        slots: [num_tokens] int64, rows of the cache, each once; -1: written nowhere.
+        key_rows: [num_rows, num_kv_heads, head_dim] in the dtype of `keys`, any strides between rows and heads.
+        value_rows: like `key_rows`.
+    """
+    real = slots >= 0
+    for rows, into in ((keys, key_rows), (values, value_rows)):
+        into[slots[real]] = rows[: len(slots)][real]
+
+
 def topk_tokens(votes: Tensor, start_loc: Tensor, k: int) -> Tensor:
     """The `k` candidates of each block with the most votes.
 
@@ -258,6 +273,7 @@ def sparse_attention(
     interleaved: bool = False,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention over the chosen rows, at re-indexed positions: the i-th attended token gets position i.
 
@@ -276,11 +292,12 @@ def sparse_attention(
         interleaved: layout of the dimension pairs.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
         sink_logits: [num_q_heads], a learned logit per head that takes part in the softmax only (gpt-oss).
+        out: like `queries`, contiguous: where the result goes; a new tensor where not given.
 
     Returns:
-        [num_queries, num_q_heads, head_dim] in the dtype of `queries`.
+        [num_queries, num_q_heads, head_dim] in the dtype of `queries`; zero for queries that belong to no block.
     """
-    out = torch.zeros_like(queries)  # padding belongs to no block
+    out = torch.zeros_like(queries) if out is None else out.zero_()
     query_bounds, slot_bounds = query_start_loc.tolist(), slot_start_loc.tolist()
     for i in range(len(query_bounds) - 1):
         block = slice(query_bounds[i], query_bounds[i + 1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from tokenselect.ops.paging import PageTable
 class TokenSelectBackend(AttentionBackend):
     """What vLLM asks of a backend."""
 
-    forward_includes_kv_cache_update = False
+    forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = [*refusals.CACHE_DTYPES]
 
@@ -70,6 +70,7 @@ class TokenSelectMetadata(AttentionMetadata):
     """Of one forward pass, shared by its layers; a dummy run has no step."""
 
     step: Step | None
+    slots: Tensor  # [tokens of the step] int64, their rows in the cache
     copies: CopyWork | None
 
 
@@ -88,6 +89,7 @@ class TokenSelectBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
         if any(not torch.equal(table.cos, tables[0].cos) for table in tables):
             raise NotImplementedError("TokenSelect: layers with different rotary embeddings are not supported")
         self.table, self.ops = tables[0], layers[0].ops
+        self.rotation = self.table.rotation(slice(None), torch.float32)
         self.metrics = Metrics(len(layers))
         self.requests = RequestTable(self.config, self.metrics.leave)
         watch_batches()
@@ -103,16 +105,26 @@ class TokenSelectBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
         lengths = batch.seq_lens_cpu_upper_bound.tolist()
         own = [bounds[i + 1] - bounds[i] for i in range(len(requests))] if len(requests) < len(bounds) else []
         if not requests or not all(own):
-            return TokenSelectMetadata(None, None)  # a dummy run: nobody reads what it computes
+            return TokenSelectMetadata(None, batch.slot_mapping, None)  # a dummy run: nobody reads what it computes
         pairs = [
             self.requests.enter(request, end - count, end)
             for request, count, end in zip(requests, own, lengths, strict=False)
         ]
         states, stretches = [state for state, _ in pairs], [stretch for _, stretch in pairs]
         pages = PageTable(batch.block_table_tensor[: len(requests)].long(), self.page_size, [0] * len(requests))
-        step = plan_step(stretches, states, pages, self.table, self.max_distance, self.ops, self.metrics.tally)
+        step = plan_step(stretches, states, pages, self.table, self.rotation, self.max_distance, self.ops, self.metrics.tally)
         self.metrics.count(step, stretches)
-        return TokenSelectMetadata(step, plan_copies(stretches, states, pages, self.requests.num_rows))
+        copies = plan_copies(stretches, states, pages, self.requests.num_rows)
+        return TokenSelectMetadata(step, batch.slot_mapping[: step.num_tokens], copies)
+
+
+class _Rows(NamedTuple):
+    """A layer's cache as vLLM hands it over, token by token [num_blocks, block_size, ...], and as one row per token."""
+
+    cache: Tensor
+    by_token: Tensor
+    keys: Tensor  # [num_rows, num_kv_heads, head_size]
+    values: Tensor
 
 
 class TokenSelectImpl(AttentionImpl[TokenSelectMetadata]):
@@ -143,30 +155,9 @@ class TokenSelectImpl(AttentionImpl[TokenSelectMetadata]):
         config = read_settings(vllm_config)
         self.ops = find_backend(config.backend, torch.device(device), vllm_config.model_config.dtype, head_size)
         self._copy: Int8Copy | None = None
+        self._rows: _Rows | None = None
         group = get_tp_group()
         self._reduce = group.all_reduce if group.world_size > 1 else None
-
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Write raw keys and values of the batch's tokens into their blocks."""
-        keys, values = self._rows(kv_cache)
-        slots = slot_mapping
-        if slots.device.type == "cpu" and bool((slots < 0).any()):  # padding
-            real = slots >= 0
-            slots, key, value = slots[real], key[: len(real)][real], value[: len(real)][real]
-        if slots.device.type == "cuda":
-            self._write_on_gpu(key, value, kv_cache, slots, layer)
-            return
-        keys[slots], values[slots] = key[: len(slots)].to(keys.dtype), value[: len(slots)].to(values.dtype)
-
-    def _write_on_gpu(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor, layer: Any) -> None:
-        """vLLM's own operator skips padding on the device."""
-        from vllm._custom_ops import reshape_and_cache_flash
-
-        by_token = kv_cache.transpose(1, 2)  # [num_blocks, block_size, num_kv_heads, 2 * head_size]
-        into = by_token[..., : self.head_size], by_token[..., self.head_size :]
-        reshape_and_cache_flash(key, value, *into, slots, self.kv_cache_dtype, layer._k_scale, layer._v_scale)
 
     def forward(
         self,
@@ -182,16 +173,16 @@ class TokenSelectImpl(AttentionImpl[TokenSelectMetadata]):
     ) -> Tensor:
         """Attention of a batch's queries [num_tokens, num_heads, head_size], into `output`."""
         step = attn_metadata.step if attn_metadata is not None else None
-        if step is None:  # profiling, warm-up
+        if attn_metadata is None or step is None:  # profiling, warm-up
             return output.zero_()
-        real = query[: step.num_tokens]
-        keys, values = self._rows(kv_cache)
-        scoring = self._scoring(kv_cache, keys, step, attn_metadata)
-        slots, slot_start_loc = step.attended(layer.layer_name, real, scoring, self.scale, self._reduce)
-        output[: step.num_tokens] = self.ops.sparse_attention(
-            real,
-            keys,
-            values,
+        rows = self._rows_of(kv_cache)
+        self._write(layer, key, value, rows, attn_metadata.slots)
+        scoring = self._scoring(rows, step, attn_metadata.copies)
+        slots, slot_start_loc = step.attended(layer.layer_name, query, scoring, self.scale, self._reduce)
+        self.ops.sparse_attention(
+            query,
+            rows.keys,
+            rows.values,
             step.query_start_loc,
             slots,
             slot_start_loc,
@@ -201,25 +192,36 @@ class TokenSelectImpl(AttentionImpl[TokenSelectMetadata]):
             interleaved=step.table.interleaved,
             softcap=self.softcap,
             sink_logits=self.sinks,
+            out=output,
         )
-        output[step.num_tokens :].zero_()
         return output
 
-    def _rows(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [num_rows, num_kv_heads, head_size], a row per token, of vLLM's [B, Hkv, block, 2 * D]."""
-        rows = kv_cache.transpose(1, 2).flatten(0, 1)
-        return rows[..., : self.head_size], rows[..., self.head_size :]
+    def _rows_of(self, kv_cache: Tensor) -> _Rows:
+        """vLLM's cache [num_blocks, num_kv_heads, block_size, 2 * head_size] as rows; it stays the same one."""
+        if self._rows is None or self._rows.cache is not kv_cache:
+            by_token = kv_cache.transpose(1, 2)
+            rows = by_token.flatten(0, 1)
+            self._rows = _Rows(kv_cache, by_token, rows[..., : self.head_size], rows[..., self.head_size :])
+        return self._rows
 
-    def _scoring(
-        self, kv_cache: Tensor, keys: Tensor, step: Step, metadata: TokenSelectMetadata | None
-    ) -> Scoring | None:
-        copies = metadata.copies if metadata is not None else None
+    def _write(self, layer: Any, key: Tensor, value: Tensor, rows: _Rows, slots: Tensor) -> None:
+        """Put raw keys and values of the batch's tokens into their blocks."""
+        if slots.device.type != "cuda":
+            self.ops.write_rows(key, value, slots, rows.keys, rows.values)
+            return
+        from vllm._custom_ops import reshape_and_cache_flash
+
+        into = rows.by_token[..., : self.head_size], rows.by_token[..., self.head_size :]
+        given = key, value, *into, slots, self.kv_cache_dtype, layer._k_scale, layer._v_scale
+        reshape_and_cache_flash(*given)
+
+    def _scoring(self, rows: _Rows, step: Step, copies: CopyWork | None) -> Scoring | None:
         if copies is not None and copies.tokens.shape[0]:
-            if self._copy is None or self._copy.integers.shape[0] != kv_cache.shape[0]:
-                self._copy = Int8Copy(kv_cache[..., : self.head_size])
-            self._copy.update(keys, copies, self.ops)
+            if self._copy is None or self._copy.integers.shape[0] != rows.cache.shape[0]:
+                self._copy = Int8Copy(rows.cache[..., : self.head_size])
+            self._copy.update(rows.keys, copies, self.ops)
         if not step.selections:
             return None
         if self._copy is None or copies is None or step.selections[0].config.score_dtype == "same":
-            return Scoring(keys, step.pages)
+            return Scoring(rows.keys, step.pages)
         return self._copy.scoring(step.pages, copies)

@@ -137,6 +137,7 @@ def plan_step(
     states: Sequence[RequestState],
     pages: PageTable,
     table: RotaryTable,
+    rotation: tuple[Tensor, Tensor],
     max_distance: int,
     ops: Backend,
     tally: Tally,
@@ -148,6 +149,7 @@ def plan_step(
         states: of their requests.
         pages: where each sequence's tokens lie.
         table: rotations of the model.
+        rotation: its cosines and sines, attention factor included.
         max_distance: largest distance for scoring.
         ops: the backend.
         tally: where layers note what they select.
@@ -165,7 +167,6 @@ def plan_step(
     lengths = torch.tensor([part.shape[0] for part in positions], device=table.cos.device)
     sequences = torch.tensor([block.sequence for block in blocks], device=lengths.device)
     start_loc = torch.tensor([0, *accumulate(part.shape[0] for part in positions)])
-    cos, sin = table.rotation(slice(None), torch.float32)
     return Step(
         first_queries[-1],
         blocks,
@@ -179,8 +180,7 @@ def plan_step(
         ],
         states,
         table,
-        cos,
-        sin,
+        *rotation,
         ops,
         tally,
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenselect.ops.paging import PageTable
-from tokenselect.ops.reference import Distances
+from tokenselect.ops.reference import Distances, write_rows
 
 NAME = "gpu"
 
@@ -119,6 +119,7 @@ def sparse_attention(
     interleaved: bool = False,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `ops.reference.sparse_attention`."""
     if torch.compiler.is_compiling():
@@ -126,8 +127,8 @@ def sparse_attention(
 
         rows = query_start_loc, slots, slot_start_loc
         extras = interleaved, softcap, sink_logits
-        out: Tensor = compiled.sparse_attention(queries, keys, values, *rows, cos, sin, scale, *extras)
-        return out
+        made: Tensor = compiled.sparse_attention(queries, keys, values, *rows, cos, sin, scale, *extras)
+        return made if out is None else out.copy_(made)
     from tokenselect.ops.gpu.attention import sparse_attention as attend
 
     return attend(
@@ -143,4 +144,5 @@ def sparse_attention(
         interleaved=interleaved,
         softcap=softcap,
         sink_logits=sink_logits,
+        out=out,
     )

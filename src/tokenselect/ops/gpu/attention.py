@@ -51,13 +51,17 @@ def sparse_attention(
     interleaved: bool = False,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `ops.reference.sparse_attention`."""
     query_bounds, slot_bounds = tuple(on_host(query_start_loc)), tuple(on_host(slot_start_loc))
     few, many = _split(query_bounds, slot_bounds, queries.shape[1] // keys.shape[1])
     queries = queries.contiguous()
     has_padding = query_bounds[0] > 0 or query_bounds[-1] < queries.shape[0]
-    out = torch.zeros_like(queries) if has_padding else torch.empty_like(queries)
+    if out is None:
+        out = torch.empty_like(queries)
+    if has_padding:
+        out.zero_()
     call = _Call(
         queries,
         _rows(keys),
