@@ -68,7 +68,7 @@ test-sanitize: $(SANITIZED)  ## the kernels' tests, on a build that stops at the
 KERNELS := score_tokens topk_tokens sparse_attention linear rms_norm quantize_rows pool_queries
 test-aarch64:  ## every source compiles for aarch64, and its kernels give the right results under emulation
 	mkdir -p build/aarch64
-	for name in bindings checks write_rows; do \
+	for name in bindings checks paging; do \
 		aarch64-linux-gnu-g++ -std=c++20 -O2 -fPIC -Wall -c csrc/$$name.cpp -o build/aarch64/$$name.o || exit 1; done
 	aarch64-linux-gnu-g++ -std=c++20 -O2 -Wall -Wno-psabi -Wno-maybe-uninitialized -static -DTS_ISA=portable \
 		$(KERNELS:%=csrc/%.cpp) csrc/dispatch.cpp tests/native/check_portable.cpp -o build/aarch64/check

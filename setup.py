@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 _SOURCES = Path("csrc")
 _NOTE = "_kernels_missing.txt"  # beside the library
-_COMMON = ("bindings", "checks", "dispatch", "write_rows")
+_COMMON = ("bindings", "checks", "dispatch", "paging")
 _KERNELS = ("score_tokens", "topk_tokens", "sparse_attention", "linear", "rms_norm", "quantize_rows", "pool_queries")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512")

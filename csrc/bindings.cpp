@@ -217,6 +217,14 @@ void pool_queries(StableIValue* stack, uint64_t, uint64_t) {
   kernels(args.head_dim).pool_queries(args);
 }
 
+// Where integers and scales go.
+void add_copy(const Tensor& integers, const Tensor& scales, QuantizeArgs& args) {
+  integers.shaped({-1, args.heads, args.size}).strided<int8_t>();
+  scales.shaped({integers.size(0), args.heads}).strided<float>();
+  args.out = integers.rows();
+  args.scales = {scales.data<void>(), scales.size(0), scales.stride(0), scales.stride(1), DType::f32};
+}
+
 void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor keys(stack[0], "rows"), center(stack[1], "center"), out(stack[2], "integers"), scales(stack[3], "scales");
   QuantizeArgs args{};
@@ -224,10 +232,42 @@ void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
   args.heads = keys.size(1), args.size = keys.size(2);
   keys.float_dtype();
   check_heads(args.heads, args.heads, args.size, 0);
-  if (!center.empty()) args.center = center.shaped({args.heads, args.size}).data<float>();
-  args.out = out.shaped({args.keys.count, args.heads, args.size}).data<int8_t>();
-  args.scales = scales.shaped({args.keys.count, args.heads}).data<float>();
+  if (!center.empty()) args.centers = center.shaped({args.heads, args.size}).data<float>();
+  args.count = args.keys.count;
+  out.shaped({args.count, args.heads, args.size}).data<int8_t>(), scales.shaped({args.count, args.heads}).data<float>();
+  add_copy(out, scales, args);
   kernels(args.size).quantize_rows(args);
+}
+
+void quantize_into(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor keys(stack[0], "rows"), tokens(stack[1], "tokens"), centers(stack[2], "centers");
+  const Tensor owners(stack[3], "owners"), out(stack[4], "integers"), scales(stack[5], "scales"), into(stack[6], "into");
+  QuantizeArgs args{};
+  args.keys = keys.rows();
+  args.heads = keys.size(1), args.size = keys.size(2);
+  keys.float_dtype();
+  check_heads(args.heads, args.heads, args.size, 0);
+  args.tokens = tokens.shaped({-1}).data<int64_t>(), args.count = tokens.size(0);
+  args.centers = centers.shaped({-1, args.heads, args.size}).data<float>();
+  args.owners = owners.shaped({args.count}).data<int64_t>();
+  args.into = into.shaped({args.count}).data<int64_t>();
+  add_copy(out, scales, args);
+  check_values(args, centers.size(0));
+  kernels(args.size).quantize_rows(args);
+}
+
+void fill_slots(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor chosen(stack[0], "chosen"), sequences(stack[1], "sequences"), pages(stack[2], "pages");
+  const Tensor padding(stack[3], "padding"), places(stack[5], "places"), slots(stack[6], "slots");
+  SlotsArgs args{};
+  args.chosen = chosen.shaped({-1, -1}).data<int64_t>(), args.num_blocks = chosen.size(0), args.k = chosen.size(1);
+  args.sequences = sequences.shaped({args.num_blocks}).data<int64_t>();
+  args.places = places.shaped({args.num_blocks}).data<int64_t>();
+  args.pages = {pages.shaped({-1, -1}).data<int64_t>(), pages.size(1), value_of<int64_t>(stack[4]),
+                padding.shaped({pages.size(0)}).data<int64_t>()};
+  args.slots = slots.shaped({-1}).data<int64_t>();
+  check_values(args, pages.size(0), slots.size(0));
+  store_slots(args);
 }
 
 void write_rows(StableIValue* stack, uint64_t, uint64_t) {
@@ -277,7 +317,9 @@ __attribute__((visibility("default"))) int tokenselect_register() {
          aoti_torch_library_impl(library, "rms_norm", tokenselect::rms_norm) ||
          aoti_torch_library_impl(library, "quantize_rows", tokenselect::quantize_rows) ||
          aoti_torch_library_impl(library, "pool_queries", tokenselect::pool_queries) ||
-         aoti_torch_library_impl(library, "write_rows", tokenselect::write_rows);
+         aoti_torch_library_impl(library, "write_rows", tokenselect::write_rows) ||
+         aoti_torch_library_impl(library, "fill_slots", tokenselect::fill_slots) ||
+         aoti_torch_library_impl(library, "quantize_into", tokenselect::quantize_into);
 }
 __attribute__((visibility("default"))) int tokenselect_use(const char* name) { return tokenselect::use_kernels(name); }
 __attribute__((visibility("default"))) const char* tokenselect_runnable() { return tokenselect::runnable_kernels(); }

@@ -142,11 +142,14 @@ struct NormArgs {
 };
 
 struct QuantizeArgs {
-  Rows keys;            // [rows, num_heads, size]
-  int64_t heads, size;
-  const float* center;  // [num_heads, size], or null
-  int8_t* out;          // [rows, num_heads, size], contiguous
-  float* scales;        // [rows, num_heads]
+  Rows keys;  // [rows, num_heads, size]
+  int64_t count, heads, size;
+  const int64_t* tokens;  // [count], rows of `keys`, or null: all
+  const float* centers;   // [centers, num_heads, size], or null
+  const int64_t* owners;  // [count], which center; null: the first
+  Rows out;               // int8, like `keys`
+  Rows scales;            // float, like `keys` without its last dimension
+  const int64_t* into;    // [count], rows of `out` and `scales`; null: one after the other
 };
 
 // New tokens' keys and values, each [count or more rows, num_heads, head_dim], into rows of their cache.
@@ -157,6 +160,16 @@ struct WriteArgs {
 };
 
 void store_rows(const WriteArgs&);
+
+// Chosen positions as rows of the cache: those of block b go to slots[places[b]] and after it.
+struct SlotsArgs {
+  const int64_t *chosen, *sequences, *places;  // [num_blocks, k], [num_blocks], [num_blocks]
+  int64_t num_blocks, k;
+  Pages pages;
+  int64_t* slots;
+};
+
+void store_slots(const SlotsArgs&);
 
 // One set per instruction set.
 struct Kernels {

@@ -7,8 +7,11 @@ namespace tokenselect::TS_ISA {
 void quantize_rows(const QuantizeArgs& a) {
   auto quantize = [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
-      const int64_t key = i / a.heads * a.keys.row_stride + i % a.heads * a.keys.head_stride;
-      const float* center = a.center ? a.center + i % a.heads * a.size : nullptr;
+      const int64_t token = i / a.heads, head = i % a.heads, to = a.into ? a.into[token] : token;
+      const int64_t key = (a.tokens ? a.tokens[token] : token) * a.keys.row_stride + head * a.keys.head_stride;
+      const int64_t owner = a.owners ? a.owners[token] : 0;
+      const float* center = a.centers ? a.centers + (owner * a.heads + head) * a.size : nullptr;
+      int8_t* out = (int8_t*)a.out.data + to * a.out.row_stride + head * a.out.head_stride;
       auto load_key = [&](int64_t d) {
         const vf x = load_as_float(a.keys.data, key + d, a.keys.dtype);
         return center ? x - load<vf>(center + d) : x;
@@ -19,12 +22,12 @@ void quantize_rows(const QuantizeArgs& a) {
       for (int64_t d = 0; d < a.size; d += W) {
         // 1.5 * 2^23 rounds to an integer in the low bits, ties to even
         const vf x = load_key(d) / scale + 12582912.0f;
-        for (int j = 0; j < W; j++) a.out[i * a.size + d + j] = (int8_t)((vi)x)[j];
+        for (int j = 0; j < W; j++) out[d + j] = (int8_t)((vi)x)[j];
       }
-      a.scales[i] = scale;
+      ((float*)a.scales.data)[to * a.scales.row_stride + head * a.scales.head_stride] = scale;
     }
   };
-  parallel_for(a.keys.count * a.heads, 512, quantize);
+  parallel_for(a.count * a.heads, 512, quantize);
 }
 
 }  // namespace tokenselect::TS_ISA

@@ -1,7 +1,8 @@
 """The operations and the choice, made once, of who computes them.
 
 A backend is a module with `NAME`, `why_not`, `pool_queries`, `score_tokens`, `topk_tokens`, `sparse_attention`,
-`quantize_rows` and `write_rows`; `ops.reference` is the definition of the last six.
+`quantize_rows`, and what paged caches need, `quantize_into`, `write_rows` and `fill_slots`; `ops.reference` is the
+definition of each.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Backend(Protocol):
     topk_tokens: Callable[..., Tensor]
     sparse_attention: Callable[..., Tensor]
     quantize_rows: Callable[..., tuple[Tensor, Tensor]]
+    quantize_into: Callable[..., None]
     write_rows: Callable[..., None]
+    fill_slots: Callable[..., None]
 
 
 # Fastest first: `auto` takes the first that can run.

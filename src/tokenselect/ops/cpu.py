@@ -42,6 +42,10 @@ _SCHEMAS = (
     "-> (Tensor, Tensor, Tensor)",
     "rms_norm(Tensor rows, Tensor weight, float epsilon) -> Tensor",
     "write_rows(Tensor keys, Tensor values, Tensor slots, Tensor(a!) key_rows, Tensor(b!) value_rows) -> ()",
+    "fill_slots(Tensor chosen, Tensor sequences, Tensor pages, Tensor padding, int page_size, Tensor places, "
+    "Tensor(a!) slots) -> ()",
+    "quantize_into(Tensor rows, Tensor tokens, Tensor centers, Tensor owners, Tensor(a!) integers, Tensor(b!) scales, "
+    "Tensor into) -> ()",
     "quantize_rows(Tensor rows, Tensor center, Tensor(a!) integers, Tensor(b!) scales) -> ()",
 )
 
@@ -169,7 +173,7 @@ def score_tokens(
         _rows(keys),
         _NO_FLOATS if key_scales is None else key_scales,
         pages.pages.contiguous(),
-        torch.tensor(pages.padding),
+        _padding(tuple(pages.padding)),
         pages.page_size,
         sequences.contiguous(),
         candidates.contiguous(),
@@ -244,6 +248,25 @@ def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, T
     given = _NO_FLOATS if center is None else center.contiguous()
     torch.ops.tokenselect.quantize_rows(_rows(rows), given, integers, scales)
     return integers, scales
+
+
+def quantize_into(
+    rows: Tensor, tokens: Tensor, centers: Tensor, owners: Tensor, integers: Tensor, scales: Tensor, into: Tensor
+) -> None:
+    """See `ops.reference.quantize_into`."""
+    torch.ops.tokenselect.quantize_into(_rows(rows), tokens, centers, owners, integers, scales, into)
+
+
+def fill_slots(chosen: Tensor, sequences: Tensor, pages: PageTable, places: Tensor, slots: Tensor) -> None:
+    """See `ops.reference.fill_slots`."""
+    table, padding = pages.pages.contiguous(), _padding(tuple(pages.padding))
+    torch.ops.tokenselect.fill_slots(chosen, sequences, table, padding, pages.page_size, places, slots)
+
+
+@functools.lru_cache(maxsize=64)
+def _padding(rows: tuple[int, ...]) -> Tensor:
+    """Nobody writes to it."""
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def write_rows(keys: Tensor, values: Tensor, slots: Tensor, key_rows: Tensor, value_rows: Tensor) -> None:

@@ -223,6 +223,41 @@ def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, T
     return (wide / scales[..., None]).round().to(torch.int8), scales
 
 
+def quantize_into(
+    rows: Tensor, tokens: Tensor, centers: Tensor, owners: Tensor, integers: Tensor, scales: Tensor, into: Tensor
+) -> None:
+    """Write the int8 copy of some rows, each counted from its own center, to rows of another cache.
+
+    Args:
+        rows: [num_rows, num_kv_heads, head_dim], any strides between rows and heads.
+        tokens: [num_tokens] int64, which rows.
+        centers: [num_centers, num_kv_heads, head_dim] float32.
+        owners: [num_tokens] int64, which center.
+        integers: [num_copies, num_kv_heads, head_dim] int8, any strides between rows and heads.
+        scales: [num_copies, num_kv_heads] float32, any strides.
+        into: [num_tokens] int64, rows of `integers` and `scales`, each once.
+    """
+    integers[into], scales[into] = quantize_rows(rows[tokens].float() - centers[owners])
+
+
+def fill_slots(chosen: Tensor, sequences: Tensor, pages: PageTable, places: Tensor, slots: Tensor) -> None:
+    """Write where chosen tokens lie in the cache into a list of attended rows.
+
+    Args:
+        chosen: [num_blocks, k] int64 positions.
+        sequences: [num_blocks] int64.
+        pages: where each sequence's tokens lie.
+        places: [num_blocks] int64, where in `slots` a block's chosen tokens begin.
+        slots: [sum of attended] int64, written to.
+    """
+    at = places[:, None] + torch.arange(chosen.shape[1], device=chosen.device)
+    padded = chosen
+    if any(pages.padding):
+        padded = padded + torch.as_tensor(pages.padding, device=chosen.device)[sequences][:, None]
+    page = pages.pages[sequences[:, None], padded // pages.page_size]
+    slots[at] = page * pages.page_size + padded % pages.page_size
+
+
 def write_rows(keys: Tensor, values: Tensor, slots: Tensor, key_rows: Tensor, value_rows: Tensor) -> None:
     """Write keys and values of new tokens into their rows of a cache.
 

@@ -82,7 +82,7 @@ class TokenSelectBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.config = read_settings(vllm_config)
-        self.page_size = kv_cache_spec.block_size
+        self.page_size, self.num_kv_heads = kv_cache_spec.block_size, kv_cache_spec.num_kv_heads
         self.max_distance = self.config.max_distance or max(1, trained_window(vllm_config) * 7 // 8)
         layers = [vllm_config.compilation_config.static_forward_context[name].impl for name in layer_names]
         tables = [table_of(rope, self.config.num_positions, device) for rope in {layer.rope for layer in layers}]
@@ -112,9 +112,10 @@ class TokenSelectBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
         ]
         states, stretches = [state for state, _ in pairs], [stretch for _, stretch in pairs]
         pages = PageTable(batch.block_table_tensor[: len(requests)].long(), self.page_size, [0] * len(requests))
-        step = plan_step(stretches, states, pages, self.table, self.rotation, self.max_distance, self.ops, self.metrics.tally)
+        rotations = self.table, self.rotation, self.max_distance
+        step = plan_step(stretches, states, pages, *rotations, self.ops, self.metrics.tally)
         self.metrics.count(step, stretches)
-        copies = plan_copies(stretches, states, pages, self.requests.num_rows)
+        copies = plan_copies(stretches, states, pages, self.requests.num_rows, self.num_kv_heads)
         return TokenSelectMetadata(step, batch.slot_mapping[: step.num_tokens], copies)
 
 
@@ -224,4 +225,4 @@ class TokenSelectImpl(AttentionImpl[TokenSelectMetadata]):
             return None
         if self._copy is None or copies is None or step.selections[0].config.score_dtype == "same":
             return Scoring(rows.keys, step.pages)
-        return self._copy.scoring(step.pages, copies)
+        return self._copy.scoring(copies)

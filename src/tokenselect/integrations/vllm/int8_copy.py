@@ -25,7 +25,8 @@ class CopyWork:
     Attributes:
         centers: [new centers] int64 rows of the requests whose center is found now, and
             `first`: [new centers, center_tokens] int64, the cache rows of their first tokens.
-        tokens: [new tokens] int64 cache rows, and `requests`: the row of each one's request.
+        tokens: [new tokens] int64 cache rows, `into`: those of the copy, and `requests`: the row of each one's request.
+        pages: where each sequence's tokens lie in the copy.
         batch: [num_seqs] int64 rows of the batch's requests.
         num_rows: requests that there may be.
     """
@@ -33,15 +34,20 @@ class CopyWork:
     centers: Tensor
     first: list[Tensor]
     tokens: Tensor
+    into: Tensor
     requests: Tensor
+    pages: PageTable
     batch: Tensor
     num_rows: int
 
 
 def plan_copies(
-    stretches: Sequence[Stretch], states: Sequence[RequestState], pages: PageTable, num_rows: int
+    stretches: Sequence[Stretch], states: Sequence[RequestState], pages: PageTable, num_rows: int, num_kv_heads: int
 ) -> CopyWork:
-    """Tokens of contexts that select, and that no copy holds yet."""
+    """Tokens of contexts that select, and that no copy holds yet.
+
+    A head's tokens of a block lie side by side in the copy: as rows of tokens, block `b` is page `b * num_kv_heads`.
+    """
     device = pages.pages.device
     centers, first, tokens, owners = [], [], [], []
     for sequence, (stretch, state) in enumerate(zip(stretches, states, strict=True)):
@@ -59,11 +65,15 @@ def plan_copies(
     sequences = torch.tensor([sequence for sequence, *_ in owners], dtype=torch.int64, device=device)
     rows = torch.tensor([row for _, row, _ in owners], dtype=torch.int64, device=device)
     new = torch.cat(tokens) if tokens else counts
+    copied = PageTable(pages.pages * num_kv_heads, pages.page_size, pages.padding)
+    owner = torch.repeat_interleave(sequences, counts)
     return CopyWork(
         torch.tensor(centers, dtype=torch.int64, device=device),
         first,
-        rows_of(pages, torch.repeat_interleave(sequences, counts), new),
+        rows_of(pages, owner, new),
+        rows_of(copied, owner, new),
         torch.repeat_interleave(rows, counts),
+        copied,
         torch.tensor([state.row for state in states], dtype=torch.int64, device=device),
         num_rows,
     )
@@ -86,6 +96,10 @@ class Int8Copy:
         self.integers = torch.empty(keys.shape, dtype=torch.int8, device=keys.device)
         self.scales = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
         self.centers = torch.zeros(0, keys.shape[1], keys.shape[3], device=keys.device)
+        blocks, heads, size, dim = keys.shape
+        num_rows = (blocks * heads - heads + 1) * size
+        self.rows = self.integers.as_strided((num_rows, heads, dim), (dim, size * dim, 1))
+        self.row_scales = self.scales.as_strided((num_rows, heads), (1, size))
 
     def update(self, rows: Tensor, work: CopyWork, ops: Backend) -> None:
         """Copy what is new.
@@ -101,20 +115,10 @@ class Int8Copy:
             self.centers = grown
         for row, first in zip(work.centers.tolist(), work.first, strict=True):
             self.centers[row] = rows[first].float().mean(0)
-        if not work.tokens.shape[0]:
-            return
-        centered = rows[work.tokens].float() - self.centers[work.requests]
-        integers, scales = ops.quantize_rows(centered)
-        block, within = work.tokens // self.scales.shape[2], work.tokens % self.scales.shape[2]
-        self.integers[block, :, within], self.scales[block, :, within] = integers, scales
+        if work.tokens.shape[0]:
+            given = rows, work.tokens, self.centers, work.requests
+            ops.quantize_into(*given, self.rows, self.row_scales, work.into)
 
-    def scoring(self, pages: PageTable, work: CopyWork) -> Scoring:
-        """The copy as scoring reads it: a head's tokens of a block lie side by side, so block `b` is page `b * Hkv`."""
-        blocks, heads, size, dim = self.integers.shape
-        num_rows = (blocks * heads - heads + 1) * size
-        return Scoring(
-            self.integers.as_strided((num_rows, heads, dim), (dim, size * dim, 1)),
-            PageTable(pages.pages * heads, size, pages.padding),
-            self.scales.as_strided((num_rows, heads), (1, size)),
-            self.centers[work.batch],
-        )
+    def scoring(self, work: CopyWork) -> Scoring:
+        """The copy as scoring reads it."""
+        return Scoring(self.rows, work.pages, self.row_scales, self.centers[work.batch])

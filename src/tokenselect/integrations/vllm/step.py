@@ -51,7 +51,7 @@ class Selection:
     config: TokenSelectConfig
     plan: SelectionPlan
     places: list[int]  # of its blocks among all
-    holes: Tensor  # [num_blocks, k] int64, where in the step's slots the chosen tokens go
+    holes: Tensor  # [num_blocks] int64, where in the step's slots the chosen tokens of each begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Step:
                 continue
             given = queries, scoring.keys, scoring.pages, part.plan, part.config, self.ops, scale
             chosen = choose_tokens(*given, scoring.scales, scoring.center, reduce)
-            slots[part.holes] = rows_of(self.pages, part.plan.sequences[:, None], chosen)
+            self.ops.fill_slots(chosen, part.plan.sequences, self.pages, part.holes, slots)
         return slots
 
     def _by_state(
@@ -206,6 +206,5 @@ def _selection(
 ) -> Selection:
     device = table.cos.device
     # a block that selects has more candidates than k, so all sinks lie before its window
-    first = start_loc[torch.tensor(places)].to(device) + config.num_sink_tokens
-    holes = first[:, None] + torch.arange(config.num_selected_tokens, device=device)
+    holes = start_loc[torch.tensor(places)].to(device) + config.num_sink_tokens
     return Selection(config, plan_selection(blocks, config, table, max_distance), places, holes)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from tokenselect.ops.paging import PageTable
-from tokenselect.ops.reference import Distances, write_rows
+from tokenselect.ops.reference import Distances
+from tokenselect.ops.reference import fill_slots as fill_slots
+from tokenselect.ops.reference import write_rows as write_rows
 
 NAME = "gpu"
 
@@ -51,6 +53,13 @@ def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, T
     from tokenselect.ops.gpu.around import quantize_rows as quantize
 
     return quantize(rows, center)
+
+
+def quantize_into(
+    rows: Tensor, tokens: Tensor, centers: Tensor, owners: Tensor, integers: Tensor, scales: Tensor, into: Tensor
+) -> None:
+    """See `ops.reference.quantize_into`."""
+    integers[into], scales[into] = quantize_rows(rows[tokens].float() - centers[owners])
 
 
 def score_tokens(

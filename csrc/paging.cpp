@@ -1,4 +1,4 @@
-// Keys and values of new tokens go to their rows of a paged cache.
+// What a paged cache needs beside attention: new tokens written to their rows, and rows of chosen positions found.
 #include <cstring>
 
 #include "kernels.h"
@@ -15,6 +15,16 @@ void store_rows(const WriteArgs& a) {
     for (int part = 0; part < 2; part++)
       for (int64_t h = 0; h < a.num_heads; h++)
         std::memcpy(at(a.to[part], a.slots[i], h), at(a.from[part], i, h), size);
+  }
+}
+
+void store_slots(const SlotsArgs& a) {
+  for (int64_t b = 0; b < a.num_blocks; b++) {
+    const int64_t sequence = a.sequences[b], *own = a.pages.pages + sequence * a.pages.max_pages;
+    for (int64_t i = 0; i < a.k; i++) {
+      const int64_t at = a.chosen[b * a.k + i] + a.pages.padding[sequence];
+      a.slots[a.places[b] + i] = own[at / a.pages.page_size] * a.pages.page_size + at % a.pages.page_size;
+    }
   }
 }
 
