@@ -377,6 +377,19 @@ def test_sequences_decide_apart() -> None:
     assert both.ops.voted == [2, 1]
 
 
+def test_a_step_reuses_beside_another_sequences_prompt() -> None:
+    mixed, alone = Layer(REUSE, num_sequences=2), Layer(REUSE, num_sequences=2)
+    query, prompt = random_queries(1), random_queries(6, seed=2)
+    for layer in (mixed, alone):
+        layer.decode(40, query[0])
+    step, block = Block(0, 41, 42, 0), Block(1, 30, 36, 1)
+    together = mixed.select(torch.cat((query, prompt)), step, block)
+    apart = alone.select(query, step) + alone.select(torch.cat((query, prompt)), block)
+    assert [part.tolist() for part in together] == [part.tolist() for part in apart]
+    assert [(state.lookups, state.hits) for state in mixed.states] == [(2, 1), (0, 0)]
+    assert mixed.ops.voted == [1, 1]
+
+
 def test_all_hits_ask_nobody() -> None:
     layer, queries = Layer(REUSE, num_sequences=2), random_queries(2)
     for position in (40, 41):

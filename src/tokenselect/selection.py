@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -73,7 +74,7 @@ class SelectionPlan:
     sequences: Tensor  # [num_blocks] int64
     distances: Sequence[Distances]
     table: RotaryTable
-    may_reuse: bool  # every sequence has one query: a decode step
+    may_reuse: Sequence[bool]  # of each block: it is the only query of its sequence, as in a decode step
 
     def take(self, rows: Sequence[int]) -> SelectionPlan:
         """The plan of some of the blocks."""
@@ -87,7 +88,7 @@ class SelectionPlan:
             self.sequences[keep],
             [_take_runs(view, rows) for view in self.distances],
             self.table,
-            self.may_reuse,
+            [self.may_reuse[row] for row in rows],
         )
 
 
@@ -134,7 +135,10 @@ def plan_selection(
     if config.scoring in ("mix", "distance"):
         distances.append(_bucketed(starts, spans, config.distance_bucket_size, max_distance, table))
     sequences = torch.tensor([block.sequence for block in blocks], device=device)
-    may_reuse = config.reuse and len(set(sequences.tolist())) == sum(b.end - b.start for b in blocks)
+    own = Counter[int]()
+    for block in blocks:
+        own[block.sequence] += block.end - block.start
+    may_reuse = [config.reuse and own[block.sequence] == 1 for block in blocks]
     first_queries = torch.tensor([block.first_query for block in blocks], device=device)
     counts = torch.tensor([block.end - block.start for block in blocks], device=device)
     return SelectionPlan(blocks, first_queries, counts, candidates, context, sequences, distances, table, may_reuse)
@@ -184,7 +188,7 @@ def select_tokens(
         missed = [
             row
             for row in rows
-            if not (plan.may_reuse and _reuse(queries, keys, plan.blocks[row], states, config, reduce))
+            if not (plan.may_reuse[row] and _reuse(queries, keys, plan.blocks[row], states, config, reduce))
         ]
         if missed:
             part = plan if len(missed) == len(plan.blocks) else plan.take(missed)
@@ -193,7 +197,7 @@ def select_tokens(
     attended = []
     for row, block in enumerate(plan.blocks):
         state, window = states[block.sequence], candidates_end(block, config)
-        state.served = row not in chosen if plan.may_reuse else None
+        state.served = row not in chosen if plan.may_reuse[row] else None
         if row in chosen:
             state.indices, state.window_start = chosen[row], window
             state.query = queries[block.queries].float().mean(0) if config.reuse else None

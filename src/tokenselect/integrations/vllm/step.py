@@ -116,9 +116,10 @@ class Step:
         for part in self.selections:
             given = queries, scoring.keys, scoring.pages, part.plan, states, part.config, self.ops, scale
             chosen = select_tokens(*given, scoring.scales, scoring.center, reduce)
-            if part.plan.may_reuse and part.config.num_selected_tokens:
-                self.tally.lookups += len(part.places)
-                self.tally.hits += sum(bool(states[block.sequence].served) for block in part.plan.blocks)
+            if part.config.num_selected_tokens:
+                asked = [block for block, may in zip(part.plan.blocks, part.plan.may_reuse, strict=True) if may]
+                self.tally.lookups += len(asked)
+                self.tally.hits += sum(bool(states[block.sequence].served) for block in asked)
             for place, positions in zip(part.places, chosen, strict=True):
                 parts[place] = self.pages.slots(self.blocks[place].sequence, positions)
         slots = torch.cat(parts)
