@@ -10,7 +10,7 @@ from transformers import DeepseekV2Config, MistralConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.vllm.engines import OURS, SETTINGS, WINDOW, engine
-from tokenselect.integrations.vllm import refusals
+from tokenselect.integrations.vllm import refusals, settings
 
 SHAPE = {
     "vocab_size": 512,
@@ -28,7 +28,8 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3
 def _refusal(folder: Path, **kwargs: Any) -> str:
     """Why an engine with these arguments is refused; it is not built."""
     given = {"dtype": "bfloat16", "max_model_len": WINDOW, "skip_tokenizer_init": True, **OURS, **kwargs}
-    config = EngineArgs(str(folder), additional_config={"tokenselect": SETTINGS}, **given).create_engine_config()
+    given.setdefault("additional_config", {"tokenselect": SETTINGS})
+    config = EngineArgs(str(folder), **given).create_engine_config()
     with pytest.raises((NotImplementedError, ValueError)) as caught:
         refusals.check(config)
     return str(caught.value)
@@ -45,6 +46,25 @@ def _refusal(folder: Path, **kwargs: Any) -> str:
 )
 def test_engines_that_could_not_select_are_refused(model: Path, given: dict[str, Any], reason: str) -> None:
     assert _refusal(model, **given).startswith(f"TokenSelect: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [("traces", "needs the tokenizer"), (7, "must be the name of a folder, got 7"), ("", "must be the name of a")],
+)
+def test_a_server_that_could_not_trace_is_refused(model: Path, folder: object, reason: str) -> None:
+    given = {"additional_config": {"tokenselect": {**SETTINGS, "trace_folder": folder}}}
+    assert _refusal(model, **given).startswith(f"trace_folder {reason}")
+
+
+def test_traces_must_be_allowed() -> None:
+    assert not settings.wants_trace(None, {})
+    assert not settings.wants_trace(None, {"tokenselect_trace": 0})
+    assert settings.wants_trace(Path("traces"), {"tokenselect_trace": 1.0})
+    with pytest.raises(ValueError, match="tokenselect_trace is not allowed: this server was started without"):
+        settings.wants_trace(None, {"tokenselect_trace": 1})
+    with pytest.raises(ValueError, match="tokenselect_trace must be 0 or 1, got 'yes'"):
+        settings.wants_trace(Path("traces"), {"tokenselect_trace": "yes"})
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,17 @@ URL = f"http://127.0.0.1:{PORT}"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server keeps traces."""
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, traces: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The embedded model, served."""
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    command = ["serve", "--port", str(PORT), "--max-model-len", "33000", "--enforce-eager"]
+    command = ["serve", "--trace-folder", str(traces), "--port", str(PORT), "--max-model-len", "33000"]
+    command.append("--enforce-eager")
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -86,7 +93,39 @@ def test_a_pass_key_beyond_the_window_is_found_and_counted(server: object) -> No
     assert _metric("vllm:tokenselect_selected_tokens_total") > 0
 
 
-@pytest.mark.parametrize("knob", [{"tokenselect_k": 9999}, {"tokenselect_k": 0}, {"tokenselect_unknown": 1}])
+def test_a_request_may_leave_a_trace_of_what_it_read(server: object, traces: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from tokenselect.embedded import embedded_model_path
+    from tokenselect.evals.needle import is_right, passkey, raw_prompt
+    from tokenselect.trace import find_passages, load_trace
+
+    sample = passkey(AutoTokenizer.from_pretrained(embedded_model_path()), 9_000, 0.3, "pass key")
+    answer = _complete(raw_prompt(sample))[1]["choices"][0]["text"]
+    assert is_right(answer, sample)
+    traced = _complete(raw_prompt(sample), vllm_xargs={"tokenselect_trace": 1})[1]
+    deadline = time.monotonic() + 60
+    while not (files := list(traces.iterdir())):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert traced["choices"][0]["text"] == answer
+    assert len(files) == 1  # the other requests left none
+    assert files[0].name.startswith(traced["id"])
+    trace = load_trace(files[0])
+    assert trace.answer == answer
+    assert (trace.num_steps, trace.num_layers) == (8, 30)
+    assert is_right(find_passages(trace, most=1)[0].text, sample)
+
+
+WRONG_KNOBS = [
+    {"tokenselect_k": 9999},
+    {"tokenselect_k": 0},
+    {"tokenselect_unknown": 1},
+    {"tokenselect_trace": 2},
+]
+
+
+@pytest.mark.parametrize("knob", WRONG_KNOBS)
 def test_wrong_knobs_are_the_clients_mistake(server: object, knob: dict[str, int]) -> None:
     status, answer = _complete("x", vllm_xargs=knob)
     assert status == 400

@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,12 @@ def serve(
     settings: Annotated[
         str, typer.Option("--tokenselect", metavar="JSON", help='settings, as {"num_selected_tokens": 1024}')
     ] = "{}",
+    trace_folder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="let requests that ask for it leave a trace of what they read, their text included"
+        ),
+    ] = None,
 ) -> None:
     """Serve a model by vLLM: the OpenAI API on 127.0.0.1:8000. MODEL comes first, flags of `vllm serve` after it."""
     config = TokenSelectConfig.from_json(settings)
@@ -38,19 +45,22 @@ def serve(
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # the workers' counts reach /metrics by it
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="tokenselect-metrics-")
-    sys.argv = ["vllm", *arguments(model, config, flags)]
+    sys.argv = ["vllm", *arguments(model, config, flags, trace_folder)]
     from vllm.entrypoints.launchers.api_server.entry import main
 
     main()
 
 
-def arguments(model: str | None, config: TokenSelectConfig, flags: list[str]) -> list[str]:
+def arguments(
+    model: str | None, config: TokenSelectConfig, flags: list[str], trace_folder: Path | None = None
+) -> list[str]:
     """What vLLM's server is started with.
 
     Args:
         model: folder or name; None: the embedded model.
         config: the settings.
         flags: the caller's own flags of `vllm serve`, which come last and so count.
+        trace_folder: where traces may be kept; None: nowhere.
 
     Raises:
         ValueError: a flag would take another backend, or settings that TokenSelect gives.
@@ -64,5 +74,7 @@ def arguments(model: str | None, config: TokenSelectConfig, flags: list[str]) ->
     named = ["--served-model-name", EMBEDDED] if model is None else []
     given = [part for name, value in _DEFAULTS.items() for part in (name, value)]
     ours = ["--attention-backend", "CUSTOM", "--scheduler-cls", SCHEDULER, "--no-async-scheduling"]
-    settings = json.dumps({"tokenselect": json.loads(config.to_json())})
-    return ["--model", path, *named, *given, *ours, "--additional-config", settings, *flags]
+    section = json.loads(config.to_json())
+    if trace_folder is not None:
+        section["trace_folder"] = str(trace_folder.absolute())
+    return ["--model", path, *named, *given, *ours, "--additional-config", json.dumps({"tokenselect": section}), *flags]

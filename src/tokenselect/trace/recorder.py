@@ -29,6 +29,7 @@ class Selected:
         queries, keys, pages, plan, states, config, scale, key_scales, key_center: as `select_tokens` took them.
         raw_keys: [num_rows, num_kv_heads, head_dim], no int8 copy.
         attended: what it returned.
+        raw_pages: where tokens lie in `raw_keys`; None: as in `keys`.
     """
 
     queries: Tensor
@@ -42,6 +43,7 @@ class Selected:
     attended: Sequence[Tensor]
     key_scales: Tensor | None = None
     key_center: Tensor | None = None
+    raw_pages: PageTable | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,7 @@ def _mass(selected: Selected, plan: SelectionPlan, attended: Tensor, trained_win
     return attention_mass(
         selected.queries[block.queries.stop - 1],
         selected.raw_keys,
-        selected.pages,
+        selected.raw_pages or selected.pages,
         block.sequence,
         attended,
         cos,

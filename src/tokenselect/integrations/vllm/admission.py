@@ -9,7 +9,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.engine.input_processor import InputProcessor
 
-from tokenselect.integrations.vllm.settings import read_settings, request_settings
+from tokenselect.integrations.vllm.settings import read_settings, request_settings, trace_folder, wants_trace
 
 
 def install() -> None:
@@ -29,5 +29,6 @@ def _check(vllm_config: Any, params: Any) -> None:
         return
     try:
         request_settings(read_settings(vllm_config), params.extra_args)
+        wants_trace(trace_folder(vllm_config), params.extra_args)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None

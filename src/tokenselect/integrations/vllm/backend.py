@@ -25,8 +25,9 @@ from tokenselect.integrations.vllm.int8_copy import CopyWork, Int8Copy, plan_cop
 from tokenselect.integrations.vllm.metrics import Metrics
 from tokenselect.integrations.vllm.requests import RequestTable, current_requests, watch_batches
 from tokenselect.integrations.vllm.rotary import table_of, take_rope
-from tokenselect.integrations.vllm.settings import read_settings, trained_window
+from tokenselect.integrations.vllm.settings import read_settings, trace_folder, trained_window
 from tokenselect.integrations.vllm.step import Scoring, Step, plan_step
+from tokenselect.integrations.vllm.traces import TraceFolder
 from tokenselect.ops import find_backend
 from tokenselect.ops.paging import PageTable
 
@@ -91,7 +92,9 @@ class TokenSelectBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
         self.table, self.ops = tables[0], layers[0].ops
         self.rotation = self.table.rotation(slice(None), torch.float32)
         self.metrics = Metrics(len(layers))
-        self.requests = RequestTable(self.config, self.metrics.leave)
+        folder = trace_folder(vllm_config)
+        traces = None if folder is None else TraceFolder(folder, vllm_config)
+        self.requests = RequestTable(self.config, traces, self.metrics.leave)
         watch_batches()
         self.metrics.announce(self.config, self.ops.NAME, self.page_size)
 
@@ -224,5 +227,5 @@ class TokenSelectImpl(AttentionImpl[TokenSelectMetadata]):
         if not step.selections:
             return None
         if self._copy is None or copies is None or step.selections[0].config.score_dtype == "same":
-            return Scoring(rows.keys, step.pages)
-        return self._copy.scoring(copies)
+            return Scoring(rows.keys, rows.keys, step.pages)
+        return self._copy.scoring(rows.keys, copies)

@@ -119,6 +119,6 @@ class Int8Copy:
             given = rows, work.tokens, self.centers, work.requests
             ops.quantize_into(*given, self.rows, self.row_scales, work.into)
 
-    def scoring(self, work: CopyWork) -> Scoring:
-        """The copy as scoring reads it."""
-        return Scoring(self.rows, work.pages, self.row_scales, self.centers[work.batch])
+    def scoring(self, rows: Tensor, work: CopyWork) -> Scoring:
+        """The copy of the keys `rows` as scoring reads it."""
+        return Scoring(rows, self.rows, work.pages, self.row_scales, self.centers[work.batch])

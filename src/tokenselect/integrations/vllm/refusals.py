@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenselect.integrations.vllm.settings import read_settings
+from tokenselect.integrations.vllm.settings import read_settings, trace_folder
 
 # Every layer of these rotates its queries and keys and attends all earlier tokens.
 MODEL_TYPES = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
@@ -22,6 +22,7 @@ def check(vllm_config: Any) -> None:
     for reason in _unsupported(vllm_config):
         raise NotImplementedError(f"TokenSelect: {reason}")
     config, scheduler = read_settings(vllm_config), vllm_config.scheduler_config
+    trace_folder(vllm_config)
     if vllm_config.parallel_config.tensor_parallel_size > 1 and config.head_weights:
         raise ValueError("TokenSelect: head_weights cannot be used with tensor parallelism")
     if scheduler.max_num_batched_tokens < config.block_size + scheduler.max_num_seqs:

@@ -13,7 +13,8 @@ from typing import Any
 
 from tokenselect.config import TokenSelectConfig
 from tokenselect.integrations.ragged import Stretch
-from tokenselect.integrations.vllm.settings import request_settings
+from tokenselect.integrations.vllm.settings import request_settings, wants_trace
+from tokenselect.integrations.vllm.traces import RequestTrace, TraceFolder
 from tokenselect.selection import SelectionState
 
 # The requests of the forward pass that is being prepared, in the order of its rows.
@@ -65,6 +66,7 @@ class RequestState:
         num_selecting: queries that selected, and
         planned: the tokens that they attend per layer, of
         available: that there were.
+        trace: where the request is traced.
     """
 
     name: str
@@ -77,6 +79,7 @@ class RequestState:
     num_selecting: int = 0
     planned: int = 0
     available: int = 0
+    trace: RequestTrace | None = None
 
     def begin(self, start: int, num_prompt_tokens: int) -> None:
         """A new request, or one that comes back after preemption: blocks are others, and what was selected is void."""
@@ -106,11 +109,14 @@ class RequestTable:
 
     Args:
         config: the server's settings.
+        traces: where traces may be kept; None: nowhere.
         on_leave: gets the state of each request that is gone.
     """
 
-    def __init__(self, config: TokenSelectConfig, on_leave: Callable[[RequestState], None]) -> None:
-        self.config = config
+    def __init__(
+        self, config: TokenSelectConfig, traces: TraceFolder | None, on_leave: Callable[[RequestState], None]
+    ) -> None:
+        self.config, self._traces = config, traces
         self._on_leave = on_leave
         self._states: dict[int, RequestState] = {}
         self._free: list[int] = []
@@ -126,6 +132,8 @@ class RequestTable:
         if state.next_start != start:
             state.begin(start, length)
         state.next_start = end
+        if state.trace is not None:
+            state.trace.follow(request)
         # What the request wrote itself is read again after preemption: token by token, as it was written.
         tail = length - min(state.config.num_tail_tokens, length)
         return state, Stretch(start, end, tail, length)
@@ -134,8 +142,10 @@ class RequestTable:
         params = getattr(request, "sampling_params", None)
         row = self._free.pop() if self._free else self.num_rows
         self.num_rows = max(self.num_rows, row + 1)
-        config = request_settings(self.config, getattr(params, "extra_args", None))
-        state = RequestState(request.req_id, row, config)
+        extra = getattr(params, "extra_args", None)
+        state = RequestState(request.req_id, row, request_settings(self.config, extra))
+        if self._traces is not None and wants_trace(self._traces.folder, extra):
+            state.trace = self._traces.begin(request)
         self._states[id(request)] = state
         weakref.finalize(request, self._leave, id(request)).atexit = False
         return state
@@ -143,4 +153,6 @@ class RequestTable:
     def _leave(self, key: int) -> None:
         state = self._states.pop(key)
         self._free.append(state.row)
+        if self._traces is not None and state.trace is not None:
+            self._traces.keep(state.name, state.config, state.trace)
         self._on_leave(state)

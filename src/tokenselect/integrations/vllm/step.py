@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from vllm.model_executor.models.utils import extract_layer_index
 
 from tokenselect.config import TokenSelectConfig
 from tokenselect.integrations.ragged import Stretch, cut_blocks
@@ -25,6 +26,7 @@ from tokenselect.selection import (
     plan_selection,
     select_tokens,
 )
+from tokenselect.trace.recorder import Recorder, Selected
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,14 @@ class Scoring:
     """What a layer scores.
 
     Attributes:
-        keys: [num_rows, num_kv_heads, head_dim], raw, or an int8 copy.
-        pages: where each sequence's tokens lie in it.
+        raw_keys: [num_rows, num_kv_heads, head_dim], by the step's pages.
+        keys: the same, or an int8 copy, which has
+        pages: of its own.
         scales: [num_rows, num_kv_heads], of a copy.
         center: [num_seqs, num_kv_heads, head_dim], of a copy.
     """
 
+    raw_keys: Tensor
     keys: Tensor
     pages: PageTable
     scales: Tensor | None = None
@@ -69,6 +73,7 @@ class Step:
         selections: who selects, and by which settings; nobody: every block attends all earlier tokens.
         states: of the requests, in the batch's order.
         tally: where layers note what they select.
+        recorders: of the requests that are traced.
     """
 
     num_tokens: int
@@ -84,6 +89,7 @@ class Step:
     sin: Tensor
     ops: Backend
     tally: Tally
+    recorders: Sequence[Recorder]
 
     def attended(
         self, layer: str, queries: Tensor, scoring: Scoring | None, scale: float, reduce: Reduce | None
@@ -92,7 +98,7 @@ class Step:
         if not self.selections or scoring is None:
             return self.slots, self.slot_start_loc
         with self.tally.timed(queries.device):
-            if any(selection.config.reuse for selection in self.selections):
+            if self.recorders or any(selection.config.reuse for selection in self.selections):
                 return self._by_state(layer, queries, scoring, scale, reduce)
             return self._afresh(queries, scoring, scale, reduce), self.slot_start_loc
 
@@ -109,13 +115,17 @@ class Step:
     def _by_state(
         self, layer: str, queries: Tensor, scoring: Scoring, scale: float, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
-        """The same with the Selection Cache, by which the local window of a block depends on its last selection."""
+        """The same by what requests remember: the Selection Cache, by which a block's window varies, and traces."""
         bounds = self.slot_start_loc.tolist()
         parts = [self.slots[bounds[i] : bounds[i + 1]] for i in range(len(self.blocks))]
         states = [state.layers[layer] for state in self.states]
         for part in self.selections:
             given = queries, scoring.keys, scoring.pages, part.plan, states, part.config, self.ops, scale
             chosen = select_tokens(*given, scoring.scales, scoring.center, reduce)
+            for recorder in self.recorders:
+                facts = part.plan, states, part.config, scale, scoring.raw_keys, chosen, scoring.scales, scoring.center
+                done = Selected(queries, scoring.keys, scoring.pages, *facts, self.pages)
+                recorder.record(extract_layer_index(layer), done)
             if part.config.num_selected_tokens:
                 asked = [block for block, may in zip(part.plan.blocks, part.plan.may_reuse, strict=True) if may]
                 self.tally.lookups += len(asked)
@@ -184,7 +194,18 @@ def plan_step(
         *rotation,
         ops,
         tally,
+        _recorders(states),
     )
+
+
+def _recorders(states: Sequence[RequestState]) -> list[Recorder]:
+    """Those of the traced requests, which are told their places in this batch."""
+    recorders = []
+    for place, state in enumerate(states):
+        if state.trace is not None:
+            state.trace.recorder.sequence = place
+            recorders.append(state.trace.recorder)
+    return recorders
 
 
 def _positions(block: Block, config: TokenSelectConfig | None, device: torch.device) -> Tensor:
