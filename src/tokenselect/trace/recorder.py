@@ -43,7 +43,7 @@ class Selected:
     attended: Sequence[Tensor]
     key_scales: Tensor | None = None
     key_center: Tensor | None = None
-    raw_pages: PageTable | None = None
+    raw_pages: PageTable | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

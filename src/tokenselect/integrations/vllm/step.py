@@ -124,7 +124,7 @@ class Step:
             chosen = select_tokens(*given, scoring.scales, scoring.center, reduce)
             for recorder in self.recorders:
                 facts = part.plan, states, part.config, scale, scoring.raw_keys, chosen, scoring.scales, scoring.center
-                done = Selected(queries, scoring.keys, scoring.pages, *facts, self.pages)
+                done = Selected(queries, scoring.keys, scoring.pages, *facts, raw_pages=self.pages)
                 recorder.record(extract_layer_index(layer), done)
             if part.config.num_selected_tokens:
                 asked = [block for block, may in zip(part.plan.blocks, part.plan.may_reuse, strict=True) if may]
