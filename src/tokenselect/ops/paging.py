@@ -1,4 +1,4 @@
-"""Where tokens lie: positions of a sequence to rows of a paged cache."""
+"""Where tokens lie: positions of a sequence to rows of a paged cache, in plain torch."""
 
 from __future__ import annotations
 
@@ -46,3 +46,36 @@ class PageTable:
             first = page * self.page_size + begin % self.page_size
             return cache[first : first + end - start]
         return cache[self.slots(sequence, torch.arange(start, end, device=cache.device))]
+
+
+def fill_slots(chosen: Tensor, sequences: Tensor, pages: PageTable, places: Tensor, slots: Tensor) -> None:
+    """Write where chosen tokens lie in the cache into a list of attended rows.
+
+    Args:
+        chosen: [num_blocks, k] int64 positions.
+        sequences: [num_blocks] int64.
+        pages: where each sequence's tokens lie.
+        places: [num_blocks] int64, where in `slots` a block's chosen tokens begin.
+        slots: [sum of attended] int64, written to.
+    """
+    at = places[:, None] + torch.arange(chosen.shape[1], device=chosen.device)
+    padded = chosen
+    if any(pages.padding):
+        padded = padded + torch.as_tensor(pages.padding, device=chosen.device)[sequences][:, None]
+    page = pages.pages[sequences[:, None], padded // pages.page_size]
+    slots[at] = page * pages.page_size + padded % pages.page_size
+
+
+def write_rows(keys: Tensor, values: Tensor, slots: Tensor, key_rows: Tensor, value_rows: Tensor) -> None:
+    """Write keys and values of new tokens into their rows of a cache.
+
+    Args:
+        keys: [at least num_tokens, num_kv_heads, head_dim], raw, any strides between rows.
+        values: like `keys`.
+        slots: [num_tokens] int64, rows of the cache, each once; -1: written nowhere.
+        key_rows: [num_rows, num_kv_heads, head_dim] in the dtype of `keys`, any strides between rows and heads.
+        value_rows: like `key_rows`.
+    """
+    real = slots >= 0
+    for rows, into in ((keys, key_rows), (values, value_rows)):
+        into[slots[real]] = rows[: len(slots)][real]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from tokenselect.ops.paging import PageTable
+from tokenselect.ops.paging import fill_slots as fill_slots
+from tokenselect.ops.paging import write_rows as write_rows
 
 NAME = "reference"
 
@@ -238,39 +240,6 @@ def quantize_into(
         into: [num_tokens] int64, rows of `integers` and `scales`, each once.
     """
     integers[into], scales[into] = quantize_rows(rows[tokens].float() - centers[owners])
-
-
-def fill_slots(chosen: Tensor, sequences: Tensor, pages: PageTable, places: Tensor, slots: Tensor) -> None:
-    """Write where chosen tokens lie in the cache into a list of attended rows.
-
-    Args:
-        chosen: [num_blocks, k] int64 positions.
-        sequences: [num_blocks] int64.
-        pages: where each sequence's tokens lie.
-        places: [num_blocks] int64, where in `slots` a block's chosen tokens begin.
-        slots: [sum of attended] int64, written to.
-    """
-    at = places[:, None] + torch.arange(chosen.shape[1], device=chosen.device)
-    padded = chosen
-    if any(pages.padding):
-        padded = padded + torch.as_tensor(pages.padding, device=chosen.device)[sequences][:, None]
-    page = pages.pages[sequences[:, None], padded // pages.page_size]
-    slots[at] = page * pages.page_size + padded % pages.page_size
-
-
-def write_rows(keys: Tensor, values: Tensor, slots: Tensor, key_rows: Tensor, value_rows: Tensor) -> None:
-    """Write keys and values of new tokens into their rows of a cache.
-
-    Args:
-        keys: [at least num_tokens, num_kv_heads, head_dim], raw, any strides between rows.
-        values: like `keys`.
-        slots: [num_tokens] int64, rows of the cache, each once; -1: written nowhere.
-        key_rows: [num_rows, num_kv_heads, head_dim] in the dtype of `keys`, any strides between rows and heads.
-        value_rows: like `key_rows`.
-    """
-    real = slots >= 0
-    for rows, into in ((keys, key_rows), (values, value_rows)):
-        into[slots[real]] = rows[: len(slots)][real]
 
 
 def topk_tokens(votes: Tensor, start_loc: Tensor, k: int) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tokenselect.ops.paging import PageTable
+from tokenselect.ops.paging import fill_slots as fill_slots
+from tokenselect.ops.paging import write_rows as write_rows
 from tokenselect.ops.reference import Distances
-from tokenselect.ops.reference import fill_slots as fill_slots
-from tokenselect.ops.reference import write_rows as write_rows
 
 NAME = "gpu"
 
