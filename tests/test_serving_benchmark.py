@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,22 @@ def test_the_section_of_the_page() -> None:
     assert "| tokens found cached | 7 | 14 | 21 |" in page
     loss = losses.Loss("serving, short prompt, time per token, 512 tokens", "stock vLLM", 1250, 1000)
     assert loss in [*losses.losses()]
+
+
+IN_README = [
+    ("of 16,000 is", ("long", "ttft", 16_000), "{:.1f} instead of {:.1f} s", 1),
+    ("of 32,000 is", ("long", "ttft", 32_000), "{:.1f} instead of {:.1f} s", 1),
+    ("eight requests", ("concurrent", "total", 16_000), "{:.0f} instead of {:.0f} s", 1),
+    ("a token after 32,000", ("long", "token", 32_000), "{:.0f} instead of {:.0f} ms", 1000),
+    ("a token after 2,000", ("short", "token", 2_000), "{:.1f} instead of {:.1f} ms", 1000),
+]
+
+
+@pytest.mark.parametrize(("kind", "form", "unit"), [entry[1:] for entry in IN_README], ids=[e[0] for e in IN_README])
+def test_the_readme_tells_what_was_measured(kind: serving_report.Kind, form: str, unit: int) -> None:
+    both = [statistics.median(serving_report.times(engine)[kind]) * unit for engine in ("tokenselect", "stock")]
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert form.format(*both) in " ".join(readme.split())
 
 
 def options(**changes: Any) -> serving.Options:
