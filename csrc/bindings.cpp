@@ -18,6 +18,11 @@ T value_of(StableIValue value) {
   return out;
 }
 
+Pages pages_of(const Tensor& pages, int64_t page_size, const Tensor& padding) {
+  pages.shaped({-1, -1}), padding.shaped({pages.size(0)});
+  return {pages.data<int64_t>(), pages.size(1), page_size, padding.data<int64_t>()};
+}
+
 View view_of(const Tensor& cos, const Tensor& sin, int64_t run_size, const Tensor& runs, const ScoreArgs& a) {
   cos.shaped({-1, a.half}), sin.shaped({cos.size(0), a.half}), runs.shaped({a.num_blocks + 1});
   return {cos.data<float>(), sin.data<float>(), run_size, runs.data<int64_t>()};
@@ -56,8 +61,7 @@ void score_tokens(StableIValue* stack, uint64_t, uint64_t) {
   args.half = cos0.shaped({-1, -1}).size(1);
   check_heads(args.num_q_heads, args.num_kv_heads, args.head_dim, args.half);
   add_int8(key_scales, key_center, pages.shaped({-1, -1}).size(0), args);
-  args.pages = {pages.data<int64_t>(), pages.size(1), page_size,
-                padding.shaped({pages.size(0)}).data<int64_t>()};
+  args.pages = pages_of(pages, page_size, padding);
   args.sequences = sequences.shaped({args.num_blocks}).data<int64_t>();
   args.candidates = candidates.shaped({args.num_blocks, 2}).data<int64_t>();
   args.context = context.shaped({args.num_blocks, 2}).data<int64_t>();
@@ -115,9 +119,9 @@ void sparse_attention(StableIValue* stack, uint64_t, uint64_t) {
   args.sink_logits = sink_logits.empty() ? nullptr : sink_logits.shaped({args.num_q_heads}).data<float>();
   check_values(args, {queries.size(0), slots.size(0), cos.size(0)});
   kernels(args.head_dim).sparse_attention(args);
-  const int64_t done = args.num_blocks > 0 ? args.query_start_loc[args.num_blocks] : 0, row = args.num_q_heads * args.head_dim;
-  const int64_t bytes = args.dtype == DType::f32 ? 4 : 2;  // queries after the last block are padding
-  std::memset((char*)args.out + done * row * bytes, 0, (queries.size(0) - done) * row * bytes);
+  const int64_t done = args.num_blocks > 0 ? args.query_start_loc[args.num_blocks] : 0;
+  const int64_t bytes = args.num_q_heads * args.head_dim * bytes_of(args.dtype);
+  if (const int64_t padding = queries.size(0) - done) std::memset((char*)args.out + done * bytes, 0, padding * bytes);
 }
 
 // Like `rows`, with `last` numbers in the last dimension.
@@ -217,41 +221,36 @@ void pool_queries(StableIValue* stack, uint64_t, uint64_t) {
   kernels(args.head_dim).pool_queries(args);
 }
 
-// Where integers and scales go.
-void add_copy(const Tensor& integers, const Tensor& scales, QuantizeArgs& args) {
+// Keys of `count` tokens (all rows, unless the caller says which), and where their integers and scales go.
+QuantizeArgs copy_of(const Tensor& keys, const Tensor& integers, const Tensor& scales) {
+  QuantizeArgs args{};
+  args.keys = keys.rows();
+  args.count = args.keys.count, args.heads = keys.size(1), args.size = keys.size(2);
+  keys.float_dtype();
+  check_heads(args.heads, args.heads, args.size, 0);
   integers.shaped({-1, args.heads, args.size}).strided<int8_t>();
   scales.shaped({integers.size(0), args.heads}).strided<float>();
   args.out = integers.rows();
   args.scales = {scales.data<void>(), scales.size(0), scales.stride(0), scales.stride(1), DType::f32};
+  return args;
 }
 
 void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor keys(stack[0], "rows"), center(stack[1], "center"), out(stack[2], "integers"), scales(stack[3], "scales");
-  QuantizeArgs args{};
-  args.keys = keys.rows();
-  args.heads = keys.size(1), args.size = keys.size(2);
-  keys.float_dtype();
-  check_heads(args.heads, args.heads, args.size, 0);
+  QuantizeArgs args = copy_of(keys, out, scales);
   if (!center.empty()) args.centers = center.shaped({args.heads, args.size}).data<float>();
-  args.count = args.keys.count;
-  out.shaped({args.count, args.heads, args.size}).data<int8_t>(), scales.shaped({args.count, args.heads}).data<float>();
-  add_copy(out, scales, args);
+  out.shaped({args.count, args.heads, args.size}).contiguous(), scales.contiguous();
   kernels(args.size).quantize_rows(args);
 }
 
 void quantize_into(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor keys(stack[0], "rows"), tokens(stack[1], "tokens"), centers(stack[2], "centers");
   const Tensor owners(stack[3], "owners"), out(stack[4], "integers"), scales(stack[5], "scales"), into(stack[6], "into");
-  QuantizeArgs args{};
-  args.keys = keys.rows();
-  args.heads = keys.size(1), args.size = keys.size(2);
-  keys.float_dtype();
-  check_heads(args.heads, args.heads, args.size, 0);
+  QuantizeArgs args = copy_of(keys, out, scales);
   args.tokens = tokens.shaped({-1}).data<int64_t>(), args.count = tokens.size(0);
   args.centers = centers.shaped({-1, args.heads, args.size}).data<float>();
   args.owners = owners.shaped({args.count}).data<int64_t>();
   args.into = into.shaped({args.count}).data<int64_t>();
-  add_copy(out, scales, args);
   check_values(args, centers.size(0));
   kernels(args.size).quantize_rows(args);
 }
@@ -263,8 +262,7 @@ void fill_slots(StableIValue* stack, uint64_t, uint64_t) {
   args.chosen = chosen.shaped({-1, -1}).data<int64_t>(), args.num_blocks = chosen.size(0), args.k = chosen.size(1);
   args.sequences = sequences.shaped({args.num_blocks}).data<int64_t>();
   args.places = places.shaped({args.num_blocks}).data<int64_t>();
-  args.pages = {pages.shaped({-1, -1}).data<int64_t>(), pages.size(1), value_of<int64_t>(stack[4]),
-                padding.shaped({pages.size(0)}).data<int64_t>()};
+  args.pages = pages_of(pages, value_of<int64_t>(stack[4]), padding);
   args.slots = slots.shaped({-1}).data<int64_t>();
   check_values(args, pages.size(0), slots.size(0));
   store_slots(args);

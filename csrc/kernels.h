@@ -10,6 +10,7 @@
 namespace tokenselect {
 
 enum class DType : int32_t { f32, bf16, f16, i8 };
+constexpr int64_t bytes_of(DType type) { return type == DType::f32 ? 4 : type == DType::i8 ? 1 : 2; }
 
 // Rows of a paged cache: the vector of token row r and KV head h begins at element r * row_stride + h * head_stride.
 struct Rows {

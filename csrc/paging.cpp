@@ -6,7 +6,7 @@
 namespace tokenselect {
 
 void store_rows(const WriteArgs& a) {
-  const int64_t bytes = a.from[0].dtype == DType::f32 ? 4 : 2;
+  const int64_t bytes = bytes_of(a.from[0].dtype);
   auto at = [&](const Rows& rows, int64_t row, int64_t head) {
     return (char*)rows.data + (row * rows.row_stride + head * rows.head_stride) * bytes;
   };

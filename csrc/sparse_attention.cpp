@@ -54,7 +54,7 @@ TS_INLINE int64_t key_element(const Head& h, const Rows& rows, int64_t i) {
 // Rows lie anywhere: what is not asked for ahead is waited for. Into the second cache: the first takes few requests at once.
 template <DType T>
 TS_INLINE void fetch(const Head& h, const Rows& rows, int64_t i) {
-  constexpr int64_t size = T == DType::f32 ? 4 : 2;
+  constexpr int64_t size = bytes_of(T);
   const char* row = (const char*)rows.data + key_element(h, rows, i) * size;
   for (int64_t at = 0; at < h.a.head_dim * size; at += 64) __builtin_prefetch(row + at, 0, 2);
 }

@@ -50,7 +50,12 @@ def test_engines_that_could_not_select_are_refused(model: Path, given: dict[str,
 
 @pytest.mark.parametrize(
     ("folder", "reason"),
-    [("traces", "needs the tokenizer"), (7, "must be the name of a folder, got 7"), ("", "must be the name of a")],
+    [
+        ("traces", "needs the tokenizer"),
+        (7, "must be the name of a folder, got 7"),
+        ("", "must be the name of a folder, got ''"),
+        (__file__, f"must be the name of a folder, {__file__!r} is a file"),
+    ],
 )
 def test_a_server_that_could_not_trace_is_refused(model: Path, folder: object, reason: str) -> None:
     given = {"additional_config": {"tokenselect": {**SETTINGS, "trace_folder": folder}}}

@@ -31,7 +31,9 @@ def serve(
     trace_folder: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="let requests that ask for it leave a trace of what they read, their text included"
+            metavar="FOLDER",
+            file_okay=False,
+            help="let requests that ask for it leave a trace of what they read, their text included",
         ),
     ] = None,
 ) -> None:

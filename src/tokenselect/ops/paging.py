@@ -31,6 +31,13 @@ class PageTable:
             return padded + self.pages[sequence, 0] * self.page_size
         return self.pages[sequence][padded // self.page_size] * self.page_size + padded % self.page_size
 
+    def slots_of(self, sequences: Tensor, positions: Tensor) -> Tensor:
+        """Rows of the cache that hold `positions`, each of its own sequence (int64, broadcastable to one shape)."""
+        padded = positions
+        if any(self.padding):
+            padded = padded + torch.as_tensor(self.padding, device=positions.device)[sequences]
+        return self.pages[sequences, padded // self.page_size] * self.page_size + padded % self.page_size
+
     def rows(self, cache: Tensor, sequence: int, start: int, end: int) -> Tensor:
         """The rows of positions `start .. end - 1`: a view where they lie in one page, else a copy.
 
@@ -59,11 +66,7 @@ def fill_slots(chosen: Tensor, sequences: Tensor, pages: PageTable, places: Tens
         slots: [sum of attended] int64, written to.
     """
     at = places[:, None] + torch.arange(chosen.shape[1], device=chosen.device)
-    padded = chosen
-    if any(pages.padding):
-        padded = padded + torch.as_tensor(pages.padding, device=chosen.device)[sequences][:, None]
-    page = pages.pages[sequences[:, None], padded // pages.page_size]
-    slots[at] = page * pages.page_size + padded % pages.page_size
+    slots[at] = pages.slots_of(sequences[:, None], chosen)
 
 
 def write_rows(keys: Tensor, values: Tensor, slots: Tensor, key_rows: Tensor, value_rows: Tensor) -> None:

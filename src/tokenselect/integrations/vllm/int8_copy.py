@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenselect.integrations.ragged import Stretch
 from tokenselect.integrations.vllm.requests import RequestState
-from tokenselect.integrations.vllm.step import Scoring, rows_of
+from tokenselect.integrations.vllm.step import Scoring
 from tokenselect.ops import Backend
 from tokenselect.ops.paging import PageTable
 
@@ -70,8 +70,8 @@ def plan_copies(
     return CopyWork(
         torch.tensor(centers, dtype=torch.int64, device=device),
         first,
-        rows_of(pages, owner, new),
-        rows_of(copied, owner, new),
+        pages.slots_of(owner, new),
+        copied.slots_of(owner, new),
         torch.repeat_interleave(rows, counts),
         copied,
         torch.tensor([state.row for state in states], dtype=torch.int64, device=device),

@@ -45,6 +45,8 @@ def trace_folder(vllm_config: Any) -> Path | None:
         return None
     if not isinstance(folder, str) or not folder:
         raise ValueError(f"trace_folder must be the name of a folder, got {folder!r}")
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"trace_folder must be the name of a folder, {folder!r} is a file")
     if vllm_config.parallel_config.world_size > 1:
         raise ValueError("trace_folder cannot be used with tensor or pipeline parallelism: no process sees all votes")
     if vllm_config.model_config.skip_tokenizer_init:

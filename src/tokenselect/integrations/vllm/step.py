@@ -122,10 +122,11 @@ class Step:
         for part in self.selections:
             given = queries, scoring.keys, scoring.pages, part.plan, states, part.config, self.ops, scale
             chosen = select_tokens(*given, scoring.scales, scoring.center, reduce)
-            for recorder in self.recorders:
+            if self.recorders:
                 facts = part.plan, states, part.config, scale, scoring.raw_keys, chosen, scoring.scales, scoring.center
                 done = Selected(queries, scoring.keys, scoring.pages, *facts, raw_pages=self.pages)
-                recorder.record(extract_layer_index(layer), done)
+                for recorder in self.recorders:
+                    recorder.record(extract_layer_index(layer), done)
             if part.config.num_selected_tokens:
                 asked = [block for block, may in zip(part.plan.blocks, part.plan.may_reuse, strict=True) if may]
                 self.tally.lookups += len(asked)
@@ -135,12 +136,6 @@ class Step:
         slots = torch.cat(parts)
         self.tally.further += slots.shape[0] - self.slots.shape[0]
         return slots, torch.tensor([0, *accumulate(part.shape[0] for part in parts)])
-
-
-def rows_of(pages: PageTable, sequences: Tensor, positions: Tensor) -> Tensor:
-    """Rows of the cache that hold `positions` of `sequences` (int64, broadcastable); no padding."""
-    page = pages.pages[sequences, positions // pages.page_size]
-    return page * pages.page_size + positions % pages.page_size
 
 
 def plan_step(
@@ -183,7 +178,7 @@ def plan_step(
         blocks,
         torch.tensor([0, *accumulate(block.end - block.start for block in blocks)]),
         pages,
-        rows_of(pages, torch.repeat_interleave(sequences, lengths), torch.cat(positions)),
+        pages.slots_of(torch.repeat_interleave(sequences, lengths), torch.cat(positions)),
         start_loc,
         [
             _selection(config, [blocks[place] for place in places], places, start_loc, table, max_distance)
