@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.report import read_rows
 from tokenselect.evals.cells import Cell, Name
-from tokenselect.evals.predictions import Prediction
+from tokenselect.evals.predictions import Key, Prediction
 
 _FACTS = ("when", "torch", "transformers", "commit", "command")
 _MISSING = "-"
@@ -78,6 +78,11 @@ def cells(device: str) -> dict[Name, Cell]:
         for row in read_rows("eval")
         if row["device"] == device
     }
+
+
+def answered(device: str) -> set[Key]:
+    """The answers that results/eval.csv has from a device."""
+    return {Key(*name, number) for name, cell in cells(device).items() for number in cell.scores}
 
 
 def _key(row: Mapping[str, str]) -> tuple[str, ...]:

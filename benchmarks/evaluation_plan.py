@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from tokenselect.methods import METHODS
-
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Cells that are run together: every task at every length with every method, samples `first .. last - 1`."""
+    """Cells that are run together: every task at every length with every method, samples `first .. last - 1`.
+
+    `settings` are "name=value", in place of the defaults.
+    """
 
     tasks: Sequence[str]
     lengths: Sequence[int]
     methods: Sequence[str]
     last: int
     first: int = 0
+    settings: Sequence[str] = ()
 
     def cells(self, method: str) -> Iterator[tuple[str, int]]:
         """Task and length of each cell of a method."""
@@ -47,29 +49,45 @@ RULER = (
 )
 INFINITE = ("infinite_passkey", "number_string", "kv_retrieval", "math_find", "code_run")
 OURS = ("tokenselect", "tokenselect+select")
+BOTH = ("dense", "tokenselect")
 CEILING = ("tokenselect", "tokenselect+forced")
-_OTHERS = tuple(method for method in METHODS if method != "tokenselect")
+# Of RULER and InfiniteBench, what dense attention answers more than once in five within its window.
+ANSWERED = (
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multivalue",
+    "niah_multiquery",
+    "infinite_passkey",
+    "number_string",
+)
+_QUICK = ("yarn", "ntk", "paper", "snapkv", "streaming", "streaming_same_window", "dense")
 _SLOW = ("infllm", "quest", "published", "self_extend")  # plain definitions that loop: seconds to minutes a sample
-_QUICK = tuple(method for method in _OTHERS if method not in _SLOW)
 _WORDINGS = ("fact_help", "fact_code", "rephrased_union")
+_COMPARED = ("fact_union", "fact_bible", "rephrased_union", "passkey")
+_NEARER = ("num_selected_tokens=256", "num_local_tokens=768")
 
 PLAN = (
     Part(NEEDLES, WITHIN, ("dense", *OURS), 20),
     Part(NEEDLES, BEYOND, CEILING, 20),
     Part(NEEDLES, BEYOND[:1], _QUICK, 20),
-    Part(RULER, WITHIN[1:], ("dense", "tokenselect"), 20),
+    Part((*RULER, *INFINITE), WITHIN[1:], BOTH, 20),
     Part(("passkey",), BEYOND[:1], ("tokenselect",), 100, 20),
-    Part(NEEDLES, WITHIN, ("dense", "tokenselect"), 100, 20),
-    Part(INFINITE, WITHIN[1:], ("dense", "tokenselect"), 20),
+    Part(NEEDLES, WITHIN, BOTH, 100, 20),
     Part(("fact_union", "fact_bible"), BEYOND[:1], CEILING, 100, 20),
+    Part(ANSWERED, WITHIN[1:], BOTH, 100, 20),
     Part(NEEDLES, BEYOND[1:], _QUICK, 20),
+    Part(_COMPARED, BEYOND[:2], ("tokenselect",), 100),
+    Part(_COMPARED, BEYOND[:2], ("tokenselect",), 100, settings=_NEARER),
+    Part(ANSWERED, BEYOND[:1], ("tokenselect", *_QUICK), 20),
+    Part(ANSWERED, BEYOND[1:2], ("tokenselect", *_QUICK), 20),
+    Part((*RULER, *INFINITE), WITHIN[1:], BOTH, 100, 20),
     Part(NEEDLES, BEYOND[:1], _SLOW, 20),
-    Part(RULER, BEYOND[:1], ("tokenselect", *_QUICK), 20),
     Part(_WORDINGS, (8000,), ("dense", *OURS), 20),
     Part(_WORDINGS, BEYOND, CEILING, 20),
-    Part(RULER, BEYOND[1:2], ("tokenselect", *_QUICK), 20),
-    Part(INFINITE, BEYOND[:2], ("tokenselect", *_QUICK), 20),
-    Part(RULER, WITHIN[1:], ("dense", *OURS), 100, 20),
+    Part((*RULER, *INFINITE), BEYOND[:2], ("tokenselect", *_QUICK), 20),
+    Part(RULER, WITHIN[1:], ("tokenselect+select",), 100),
     Part(NEEDLES, BEYOND[1:], _SLOW, 20),
     Part((*RULER, *INFINITE), BEYOND[:2], _SLOW, 20),
 )

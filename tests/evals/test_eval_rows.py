@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import eval_rows, evaluation, report
-from benchmarks.evaluate import with_settings
+from benchmarks import eval_rows, evaluate, evaluation, report
+from benchmarks.evaluate import Job, with_settings
+from benchmarks.evaluation_plan import Part
 from tokenselect.config import TokenSelectConfig
 from tokenselect.evals.cells import Name
-from tokenselect.evals.predictions import Prediction
+from tokenselect.evals.predictions import Key, Prediction
+from tokenselect.models import LoadedModel
 
 ONE = Prediction("passkey", 4000, "tokenselect", "", 0, 0.05, "pass key", ("12345",), " 12345", 1.0, 2.5, "a GPU")
 FACTS = {"when": "2026-01-01", "torch": "2", "transformers": "5", "commit": "abc", "command": "python"}
@@ -50,3 +53,29 @@ def test_a_setting_is_read_from_its_text() -> None:
     assert changed == TokenSelectConfig(num_selected_tokens=64, scoring="distance", head_weights=True)
     with pytest.raises(ValueError, match="unknown setting 'k'"):
         with_settings(TokenSelectConfig(), ["k=3"])
+
+
+def test_what_is_collected_is_answered(results: Path) -> None:
+    eval_rows.merge([ONE, replace(ONE, number=3, settings="num_tail_tokens=0")], FACTS)
+    assert eval_rows.answered("a GPU") == {ONE.key, ONE.key._replace(number=3, settings="num_tail_tokens=0")}
+    assert eval_rows.answered("another") == set()
+
+
+def test_processes_share_a_plan_out(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = Part(("passkey", "fact_union"), (4000, 8000), ("dense", "tokenselect"), 7, settings=("num_tail_tokens=0",))
+    eval_rows.merge([replace(ONE, settings="num_tail_tokens=0"), replace(ONE, method="dense", number=4)], FACTS)
+    asked: list[Key] = []
+
+    def answer(job: Job, loaded: object, method: str, config: TokenSelectConfig, todo: list[Key], device: str) -> bool:
+        assert config.num_tail_tokens == 0
+        assert all(key.method == method for key in todo)
+        asked.extend(todo)
+        return True
+
+    monkeypatch.setattr(Job, "_answer", answer)
+    monkeypatch.setattr(evaluate, "environment", lambda device: {"device": "a GPU"})
+    loaded = LoadedModel(SimpleNamespace(device="a GPU"), None, "", 0)  # type: ignore[arg-type]
+    for number in range(3):
+        Job([part], TokenSelectConfig(), results, 0.0, number, 3, missing=True).run(loaded)
+    assert len(asked) == len(set(asked)) == 2 * 4 * 7 - 2
+    assert {key.settings for key in asked} == {"", "num_tail_tokens=0"}
