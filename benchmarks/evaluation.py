@@ -52,7 +52,8 @@ window, with 95% of Student's t over stretches; below zero the method is better.
 _WINDOW = "window"
 _TIMES = """### Cost
 
-Median seconds from the prompt to the answer; several processes shared the machine, so compare within a row only.
+Median seconds from the prompt to the answer; several processes shared the machine, so compare within a row only, and
+roughly: its cells may be from several runs, whose processes were not equally many.
 """
 
 
