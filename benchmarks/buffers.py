@@ -1,9 +1,14 @@
-"""Memory that operations read: random numbers, in so many copies that no read finds them in a cache."""
+"""Memory that operations read: random numbers, in so many copies that no read finds them in a cache.
+
+The system may map it in huge pages, as it may the memory of the Transformers cache.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from tokenselect.hardware import advise_huge_pages
 
 POOL_BYTES = 128 << 20  # four times the last-level cache of the machine that the committed numbers are from
 _HALVES_OF_ONE = 0x3F00  # bf16: sign and mantissa random, exponent that of 0.5
@@ -28,7 +33,8 @@ def random_int8(*shape: int) -> Tensor:
 
 def _random_bytes(size: int, shape: tuple[int, ...]) -> Tensor:
     count = torch.Size(shape).numel() * size
-    return torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)[:count]
+    numbers = advise_huge_pages(torch.empty(-(-count // 8), dtype=torch.int64))
+    return numbers.random_(-(2**63), None).view(torch.uint8)[:count]
 
 
 def as_rows(buffer: Tensor) -> Tensor:

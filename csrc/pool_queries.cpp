@@ -13,7 +13,7 @@ void pool_queries(const PoolArgs& a) {
       for (int64_t t = 0; t < count; t++) {
         const int64_t first = ((a.starts[block] + t) * a.num_q_heads + head) * a.head_dim;
         for (int64_t d = 0; d < a.head_dim; d += W) store(row + d, load_as_float(a.queries, first + d, a.dtype));
-        rotate_row(row, a.cos + t * a.half, a.sin + t * a.half, a.half, a.interleaved);
+        rotate_row(row, row, a.cos + t * a.half, a.sin + t * a.half, a.half, a.interleaved);
         for (int64_t d = 0; d < a.head_dim; d += W) store(sum + d, load<vf>(sum + d) + load<vf>(row + d));
       }
       for (int64_t d = 0; d < a.head_dim; d += W) store(sum + d, load<vf>(sum + d) * (1.0f / (float)count));

@@ -9,7 +9,6 @@ namespace tokenselect::TS_ISA {
 namespace {
 
 constexpr int64_t kChunk = 512;                   // keys whose logits are made at once
-constexpr int64_t kKeysAhead = 4 * W;             // of the next chunk, whose memory this one asks for
 constexpr int64_t kBlocksAtOnce = 16;             // blocks that share a read of the keys
 constexpr int64_t kMostWeights = int64_t(32) << 20;  // bytes of exponentials kept between the passes
 constexpr int64_t kEndless = int64_t(1) << 60;
@@ -30,6 +29,7 @@ struct Group {
   int64_t chunks, length;    // chunks of keys; positions, padded to whole vectors
   Stats* stats;              // [rows, chunks]
   int64_t run_size[kMaxViews];  // keys that share a rotation: all of them where a view has one run
+  float amplitude[kMaxViews];   // of the rotations
   void* weights;             // [rows, length] exponentials: half precision, or float for float keys
 };
 
@@ -51,29 +51,89 @@ TS_INLINE float dot(const float* x, const float* y, int64_t dim) {
   return sum_of(sum);
 }
 
-// Queries of one KV head, rotated for the runs that position `at` lies in; only for the views that changed there.
-template <class Key>
-void turn_queries(const Group& g, int64_t kv_head, int64_t at, uint32_t changed, float* turned, char* packed,
-                  float* units, float* shifts) {
-  const ScoreArgs& a = g.a;
-  const float* center =
-      a.key_center ? a.key_center + (a.sequences[g.first_block] * a.num_kv_heads + kv_head) * a.head_dim : nullptr;
-  const int64_t heads = a.num_q_heads / a.num_kv_heads;
-  for (int64_t n = 0; n < g.num_blocks; n++)
-    for (int64_t h = 0; h < heads; h++)
-      for (int64_t v = 0; v < a.num_views; v++) {
-        if (!(changed >> v & 1)) continue;
-        const View& view = a.views[v];
-        const int64_t block = g.first_block + n, first = view.run_start_loc[block];
-        const int64_t last = view.run_start_loc[block + 1] - first - 1, mine = (at - g.begin) / g.run_size[v];
-        const int64_t run = first + (mine < last ? mine : last), row = (n * heads + h) * a.num_views + v;
-        const float* query = a.queries + (block * a.num_q_heads + kv_head * heads + h) * a.head_dim;
-        __builtin_memcpy(turned, query, a.head_dim * sizeof(float));
-        rotate_row(turned, view.cos + run * a.half, view.sin + run * a.half, a.half, a.interleaved);
-        units[row] = Key::pack(turned, a.head_dim, packed + row * Key::query_bytes(a.head_dim)) * a.scale;
-        shifts[row] = center ? dot(turned, center, a.head_dim) * a.scale : 0;
-      }
+// Square of the longest of `n` pairs (x[i], y[i]).
+float longest_square(const float* x, const float* y, int64_t n) {
+  vf most{};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) most = vmax(most, load<vf>(x + i) * load<vf>(x + i) + load<vf>(y + i) * load<vf>(y + i));
+  float largest = max_of(most);
+  for (; i < n; i++) largest = x[i] * x[i] + y[i] * y[i] > largest ? x[i] * x[i] + y[i] * y[i] : largest;
+  return largest;
 }
+
+// Length of the longest pair that a rotation turns, or of what it leaves.
+float longest_pair(const float* x, int64_t dim, int64_t half, bool interleaved) {
+  float most = interleaved ? 0 : longest_square(x, x + half, half);
+  auto see = [&](float square) { most = square > most ? square : most; };
+  for (int64_t i = 0; interleaved && i < half; i++) see(x[2 * i] * x[2 * i] + x[2 * i + 1] * x[2 * i + 1]);
+  for (int64_t i = 2 * half; i < dim; i++) see(x[i] * x[i]);
+  return __builtin_sqrtf(most);
+}
+
+// Most that any of the view's rotations makes of the length of a pair; at least 1, for what is not rotated.
+float amplitude_of(const ScoreArgs& a, const View& view, int64_t first_run, int64_t last_run) {
+  const int64_t from = first_run * a.half, n = (last_run - first_run) * a.half;
+  const float most = longest_square(view.cos + from, view.sin + from, n);
+  return most > 1 ? __builtin_sqrtf(most) : 1;
+}
+
+// The queries that score one chunk of one KV head's keys.
+template <class Key>
+struct Queries {
+  const Group& g;
+  int64_t kv_head, heads, dim, bytes;
+  const float* center;
+  float* scaled;  // [blocks * heads, views, dim], in units of which a packed one holds any rotation
+  float* turned;  // [dim]
+  float *units, *shifts;  // [rows]
+  char* packed;           // [rows]
+
+  Queries(const Group& group, int64_t head) : g(group), kv_head(head) {
+    const ScoreArgs& a = g.a;
+    heads = a.num_q_heads / a.num_kv_heads, dim = a.head_dim, bytes = Key::query_bytes(dim);
+    center = a.key_center ? a.key_center + (a.sequences[g.first_block] * a.num_kv_heads + kv_head) * dim : nullptr;
+    scaled = (float*)scratch(2, ((g.head_rows + 1) * dim + 2 * g.head_rows) * sizeof(float));
+    turned = scaled + g.head_rows * dim, units = turned + dim, shifts = units + g.head_rows;
+    packed = (char*)scratch(5, g.head_rows * bytes);
+    for (int64_t row = 0; row < g.head_rows; row++) scale(row);
+  }
+
+  void scale(int64_t row) {
+    const ScoreArgs& a = g.a;
+    const int64_t head = row / a.num_views, block = g.first_block + head / heads;
+    const float* query = a.queries + (block * a.num_q_heads + kv_head * heads + head % heads) * dim;
+    float unit = 1;
+    if (Key::kLargest > 0)
+      unit = longest_pair(query, dim, a.half, a.interleaved) * g.amplitude[row % a.num_views] * (1 / Key::kLargest);
+    if (!(unit > 0)) unit = 1;
+    for (int64_t d = 0; d < dim; d += W) store(scaled + row * dim + d, load<vf>(query + d) * (1 / unit));
+    units[row] = unit * a.scale;
+  }
+
+  // Rotates the queries for the runs that position `at` lies in; only for the views that changed there.
+  void turn(int64_t at, uint32_t changed) {
+    const ScoreArgs& a = g.a;
+    for (int64_t v = 0; v < a.num_views; v++) {
+      if (!(changed >> v & 1)) continue;
+      const View& view = a.views[v];
+      const int64_t mine = (at - g.begin) / g.run_size[v];
+      for (int64_t n = 0; n < g.num_blocks; n++) {
+        const int64_t first = view.run_start_loc[g.first_block + n];
+        const int64_t last = view.run_start_loc[g.first_block + n + 1] - first - 1;
+        const int64_t pair = (first + (mine < last ? mine : last)) * a.half;
+        for (int64_t h = 0; h < heads; h++) turn((n * heads + h) * a.num_views + v, view.cos + pair, view.sin + pair);
+      }
+    }
+  }
+
+  void turn(int64_t row, const float* cos, const float* sin) {
+    const float* query = scaled + row * dim;
+    rotate_row(query, turned, cos, sin, g.a.half, g.a.interleaved);
+    for (int64_t d = 2 * g.a.half; d < dim; d++) turned[d] = query[d];
+    Key::pack(turned, dim, packed + row * bytes);
+    shifts[row] = center ? dot(turned, center, dim) * units[row] : 0;
+  }
+};
 
 // exp(logit - most); in powers of two, where a weight in half precision is all that is kept.
 template <class Key>
@@ -82,66 +142,89 @@ TS_INLINE vf exp_of(vf logits, float most) {
   else return vexp2(logits * 1.44269504f - most * 1.44269504f);
 }
 
+// Exponentials of a whole chunk, all of them candidates: nothing is masked, and sums do not wait for each other.
+template <class Key>
+TS_INLINE Stats weigh_all(const float* logits, void* weights, int64_t place) {
+  constexpr int kSums = 4;
+  vf most[kSums], sum[kSums] = {};
+  for (int j = 0; j < kSums; j++) most[j] = load<vf>(logits + j * W);
+  for (int64_t i = kSums * W; i < kChunk; i += kSums * W)
+    for (int j = 0; j < kSums; j++) most[j] = vmax(most[j], load<vf>(logits + i + j * W));
+  const float largest = max_of(vmax(vmax(most[0], most[1]), vmax(most[2], most[3])));
+  for (int64_t i = 0; i < kChunk; i += kSums * W)
+    for (int j = 0; j < kSums; j++) {
+      const vf e = exp_of<Key>(load<vf>(logits + i + j * W), largest);
+      sum[j] += e;
+      store_weight<Key>(weights, place + i + j * W, e);
+    }
+  const float total = sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return {largest, total, total};
+}
+
+// Exponentials of a chunk of which `stop` tokens are context and those from `low` to `high` - 1 candidates.
+template <class Key>
+Stats weigh_some(const float* logits, int64_t stop, int64_t low, int64_t high, void* weights, int64_t place) {
+  if (stop == 0) return {kNone, 0, 0};
+  vi lane{};
+  for (int j = 0; j < W; j++) lane[j] = j;
+  vf most = set1(kNone), sum{}, chosen{};
+  for (int64_t i = 0; i < stop; i += W)
+    most = vmax(most, i + W <= stop ? load<vf>(logits + i) : lane < (int32_t)(stop - i) ? load<vf>(logits + i) : most);
+  const float largest = max_of(most);
+  for (int64_t i = 0; i < stop; i += W) {
+    vf e = exp_of<Key>(load<vf>(logits + i), largest);
+    if (i + W > stop) e = lane < (int32_t)(stop - i) ? e : vf{};
+    sum += e;
+    chosen += (lane >= (int32_t)(low - i)) & (lane < (int32_t)(high - i)) ? e : vf{};
+    store_weight<Key>(weights, place + i, e);
+  }
+  return {largest, sum_of(sum), sum_of(chosen)};
+}
+
 // Logits of one chunk become exponentials under the chunk's own maximum.
 template <class Key>
 void weigh(const Group& g, int64_t kv_head, int64_t chunk, const float* logits) {
   const ScoreArgs& a = g.a;
   const int64_t from = g.begin + chunk * kChunk, per_block = g.head_rows / g.num_blocks;
+  auto inside = [&](int64_t position) { return position < from ? 0 : position < from + kChunk ? position - from : kChunk; };
   for (int64_t r = 0; r < g.head_rows; r++) {
     const int64_t block = g.first_block + r / per_block, row = kv_head * g.head_rows + r;
+    const int64_t stop = inside(a.context[2 * block + 1]);
+    const int64_t low = inside(a.candidates[2 * block]), high = inside(a.candidates[2 * block + 1]);
     const float* own = logits + r * kChunk;
-    auto inside = [&](int64_t position) { return position < 0 ? 0 : position < kChunk ? position : kChunk; };
-    const int64_t stop = inside(a.context[2 * block + 1] - from);
-    const int64_t low = inside(a.candidates[2 * block] - from), high = inside(a.candidates[2 * block + 1] - from);
-    Stats& stats = g.stats[row * g.chunks + chunk];
-    stats = {kNone, 0, 0};
-    if (stop == 0) continue;
-    vi lane{};
-    for (int j = 0; j < W; j++) lane[j] = j;
-    vf most = set1(kNone), sum{}, chosen{};
-    int64_t i = 0;
-    for (; i + W <= stop; i += W) most = vmax(most, load<vf>(own + i));
-    if (i < stop) most = vmax(most, lane < (int32_t)(stop - i) ? load<vf>(own + i) : set1(kNone));
-    stats.most = max_of(most);
-    for (i = 0; i < stop; i += W) {
-      vf e = exp_of<Key>(load<vf>(own + i), stats.most);
-      if (i + W > stop) e = lane < (int32_t)(stop - i) ? e : vf{};
-      sum += e;
-      if (i >= low && i + W <= high) chosen += e;
-      else chosen += (lane >= (int32_t)(low - i)) & (lane < (int32_t)(high - i)) ? e : vf{};
-      store_weight<Key>(g.weights, row * g.length + chunk * kChunk + i, e);
-    }
-    stats.sum = sum_of(sum);
-    stats.chosen = sum_of(chosen);
+    const int64_t place = row * g.length + chunk * kChunk;
+    g.stats[row * g.chunks + chunk] = low == 0 && high == kChunk
+                                          ? weigh_all<Key>(own, g.weights, place)
+                                          : weigh_some<Key>(own, stop, low, high, g.weights, place);
   }
+}
+
+// Scales of the keys at from .. to - 1.
+void load_scales(const ScoreArgs& a, int64_t sequence, int64_t kv_head, int64_t from, int64_t to, float* out) {
+  const float* scales = (const float*)a.key_scales.data + kv_head * a.key_scales.head_stride;
+  int64_t rows[kChunk];
+  rows_of(a.pages, sequence, from, to, rows);
+  if (a.key_scales.row_stride == 1 && in_one_page(a.pages, sequence, from, to))
+    __builtin_memcpy(out, scales + rows[0], (to - from) * sizeof(float));
+  else
+    for (int64_t i = 0; i < to - from; i++) out[i] = scales[rows[i] * a.key_scales.row_stride];
 }
 
 template <class Key>
 void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
   const ScoreArgs& a = g.a;
   const int64_t from = g.begin + chunk * kChunk, to = from + kChunk < g.end ? from + kChunk : g.end;
-  const int64_t known = to + kKeysAhead < g.end ? kChunk + kKeysAhead : g.end - from;
-  int64_t slots[kChunk + kKeysAhead];
-  const char* keys[kChunk + kKeysAhead];
+  const int64_t sequence = a.sequences[g.first_block];
+  const KeyRows keys{a.pages, sequence, (const char*)a.keys.data + kv_head * a.keys.head_stride * Key::size,
+                     a.keys.row_stride * Key::size};
   float key_scales[kChunk + W];
-  rows_of(a.pages, a.sequences[g.first_block], from, from + known, slots);
-  for (int64_t i = 0; i < known; i++)
-    keys[i] = (const char*)a.keys.data + (slots[i] * a.keys.row_stride + kv_head * a.keys.head_stride) * Key::size;
-  if (Key::size == 1) {
-    const float* scales = (const float*)a.key_scales.data + kv_head * a.key_scales.head_stride;
-    if (a.key_scales.row_stride == 1 && in_one_page(a.pages, a.sequences[g.first_block], from, to))
-      __builtin_memcpy(key_scales, scales + slots[0], (to - from) * sizeof(float));
-    else
-      for (int64_t i = 0; i < to - from; i++) key_scales[i] = scales[slots[i] * a.key_scales.row_stride];
-  }
-  float* turned = (float*)scratch(2, (a.head_dim + 2 * g.head_rows) * sizeof(float));
-  float *units = turned + a.head_dim, *shifts = units + g.head_rows;
-  char* packed = (char*)scratch(5, g.head_rows * Key::query_bytes(a.head_dim));
-  vu* tiles = (vu*)scratch(6, 2 * tile_size<Key>(a.head_dim) * sizeof(vu));
+  if (Key::size == 1) load_scales(a, sequence, kv_head, from, to, key_scales);
+  Queries<Key> queries(g, kv_head);
+  vu* columns = (vu*)scratch(6, num_columns<Key>(a.head_dim) * sizeof(vu));
   float* logits = (float*)scratch(3, g.head_rows * kChunk * sizeof(float));
   uint32_t changed = ~0u;
   for (int64_t at = from; at < to;) {
-    turn_queries<Key>(g, kv_head, at, changed, turned, packed, units, shifts);
+    queries.turn(at, changed);
     int64_t next = to;
     changed = 0;
     for (int64_t v = 0; v < a.num_views; v++) {
@@ -154,8 +237,8 @@ void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
     const bool spare = (place + n + W - 1) / W * W > kChunk || place % W;
     float* out = spare ? (float*)scratch(4, g.head_rows * (kChunk + W) * sizeof(float)) : logits + place;
     const int64_t ld = spare ? kChunk + W : kChunk;
-    dot_tiles<Key>(keys + place, n, known - place, tiles, packed, g.head_rows, a.head_dim, units, shifts,
-                   Key::size == 1 ? key_scales + place : nullptr, out, ld);
+    dot_tiles<Key>(keys, at, n, g.end, g.head_rows, a.head_dim, columns,
+                   {queries.packed, queries.units, queries.shifts, Key::size == 1 ? key_scales + place : nullptr, out, ld});
     if (spare)
       for (int64_t r = 0; r < g.head_rows; r++)
         __builtin_memcpy(logits + r * kChunk + place, out + r * ld, n * sizeof(float));
@@ -251,10 +334,11 @@ void score_tokens(const ScoreArgs& a) {
     }
     const int64_t head_rows = n * a.num_q_heads / a.num_kv_heads * a.num_views;
     const int64_t chunks = (end - begin + kChunk - 1) / kChunk;
-    Group g{a, first, n, begin, end, head_rows * a.num_kv_heads, head_rows, chunks, chunks * kChunk, nullptr, {}, nullptr};
+    Group g{a, first, n, begin, end, head_rows * a.num_kv_heads, head_rows, chunks, chunks * kChunk, nullptr, {}, {}, nullptr};
     for (int64_t v = 0; v < a.num_views; v++) {
       const int64_t* runs = a.views[v].run_start_loc + first;
       g.run_size[v] = runs[n] - runs[0] == n ? kEndless : a.views[v].run_size;
+      if (a.keys.dtype == DType::i8) g.amplitude[v] = amplitude_of(a, a.views[v], runs[0], runs[n]);
     }
     switch (a.keys.dtype) {
       case DType::f32: score_group<F32>(g); break;

@@ -39,7 +39,13 @@ TS_INLINE void store(void* p, T v) {
 }
 
 TS_INLINE vf set1(float x) { return x - vf{}; }
+#if defined(__AVX512F__)
+TS_INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+TS_INLINE vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
 TS_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+#endif
 
 TS_INLINE float sum_of(vf v) {
 #if defined(__AVX512F__)
@@ -243,26 +249,27 @@ TS_INLINE vf sums_of(const vf* a) {
 }
 #endif
 
-// Rotates the pairs of a vector of floats in place: dimensions (i, i + half), or (2 i, 2 i + 1) if interleaved.
-TS_INLINE void rotate_row(float* x, const float* cos, const float* sin, int64_t half, bool interleaved) {
-  if (interleaved) {
-    for (int64_t i = 0; i < half; i++) {
-      const float a = x[2 * i], b = x[2 * i + 1];
-      x[2 * i] = a * cos[i] - b * sin[i];
-      x[2 * i + 1] = b * cos[i] + a * sin[i];
-    }
-    return;
-  }
+// Rotates the pairs of a vector of floats, in place too: dimensions (i, i + half), or (2 i, 2 i + 1) if interleaved.
+TS_INLINE void rotate_row(const float* x, float* out, const float* cos, const float* sin, int64_t half,
+                          bool interleaved) {
   int64_t i = 0;
-  for (; i + W <= half; i += W) {
-    const vf a = load<vf>(x + i), b = load<vf>(x + half + i), c = load<vf>(cos + i), s = load<vf>(sin + i);
-    store(x + i, a * c - b * s);
-    store(x + half + i, b * c + a * s);
-  }
-  for (; i < half; i++) {
-    const float a = x[i], b = x[half + i];
-    x[i] = a * cos[i] - b * sin[i];
-    x[half + i] = b * cos[i] + a * sin[i];
+  if (interleaved) {
+    for (; i < half; i++) {
+      const float a = x[2 * i], b = x[2 * i + 1];
+      out[2 * i] = a * cos[i] - b * sin[i];
+      out[2 * i + 1] = b * cos[i] + a * sin[i];
+    }
+  } else {
+    for (; i + W <= half; i += W) {
+      const vf a = load<vf>(x + i), b = load<vf>(x + half + i), c = load<vf>(cos + i), s = load<vf>(sin + i);
+      store(out + i, a * c - b * s);
+      store(out + half + i, b * c + a * s);
+    }
+    for (; i < half; i++) {
+      const float a = x[i], b = x[half + i];
+      out[i] = a * cos[i] - b * sin[i];
+      out[half + i] = b * cos[i] + a * sin[i];
+    }
   }
 }
 

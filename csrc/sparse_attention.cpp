@@ -44,7 +44,7 @@ struct Head {
 };
 
 TS_INLINE void rotate_to(const Head& h, int64_t position, float* x) {
-  rotate_row(x, h.a.cos + position * h.a.half, h.a.sin + position * h.a.half, h.a.half, h.a.interleaved);
+  rotate_row(x, x, h.a.cos + position * h.a.half, h.a.sin + position * h.a.half, h.a.half, h.a.interleaved);
 }
 
 TS_INLINE int64_t key_element(const Head& h, const Rows& rows, int64_t i) {

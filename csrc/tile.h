@@ -68,10 +68,8 @@ struct F32 {
     vf finish(vf sum) const { return sum; }
   };
   static int64_t query_bytes(int64_t dim) { return dim * sizeof(float); }
-  static float pack(const float* query, int64_t dim, void* row) {
-    __builtin_memcpy(row, query, dim * sizeof(float));
-    return 1.0f;
-  }
+  static constexpr float kLargest = 0;  // number that a packed query holds; 0: any
+  static void pack(const float* query, int64_t dim, void* row) { __builtin_memcpy(row, query, dim * sizeof(float)); }
   static vu load_pieces(const char* key) { return load<vu>(key); }
   static constexpr int kLoaded = W;  // dimensions that one load brings
   static void split(vu column, vu* pieces) { *pieces = column; }
@@ -97,10 +95,10 @@ struct Bf16 {
     vf finish(vf sum) const { return sum; }
   };
   static int64_t query_bytes(int64_t dim) { return dim * 2; }
-  static float pack(const float* query, int64_t dim, void* row) {
+  static constexpr float kLargest = 0;
+  static void pack(const float* query, int64_t dim, void* row) {
     for (int64_t i = 0; i < dim; i += 2 * W)
       store((uint16_t*)row + i, _mm512_cvtne2ps_pbh(load<__m512>(query + i + W), load<__m512>(query + i)));
-    return 1.0f;
   }
   static vu load_pieces(const char* key) { return load<vu>(key); }
   static constexpr int kLoaded = 2 * W;
@@ -118,42 +116,38 @@ struct Bf16 : F32 {
 #endif
 
 #if defined(__AVX512VNNI__)
-// int8 keys meet queries of 15 bits, held as high and low bytes: products are exact and a sum over 256 dimensions fits.
+// int8 keys meet int8 queries: products are exact and a sum over 256 dimensions fits.
 struct I8 {
   static constexpr int64_t size = 1;
   static constexpr int64_t per_piece = 4;
-  struct Sum {
-    vi high, low;
-  };
+  typedef vi Sum;
   struct Query {
-    const int32_t *high, *low;
+    const int32_t* pieces;
     int32_t offset;  // what the keys' shift to unsigned adds
-    explicit Query(const void* row, int64_t dim) : high((const int32_t*)row), low(high + dim / 4) {
-      offset = low[dim / 4];
+    explicit Query(const void* row, int64_t dim) : pieces((const int32_t*)row), offset(pieces[dim / 4]) {}
+    vi add(vi sum, vu piece, int64_t i) const {
+      return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)piece, _mm512_set1_epi32(pieces[i]));
     }
-    Sum add(Sum sum, vu piece, int64_t i) const {
-      return {(vi)_mm512_dpbusd_epi32((__m512i)sum.high, (__m512i)piece, _mm512_set1_epi32(high[i])),
-              (vi)_mm512_dpbusd_epi32((__m512i)sum.low, (__m512i)piece, _mm512_set1_epi32(low[i]))};
-    }
-    vf finish(Sum sum) const { return __builtin_convertvector(sum.high * 128 + sum.low - offset, vf); }
+    vf finish(vi sum) const { return __builtin_convertvector(sum - offset, vf); }
   };
-  static int64_t query_bytes(int64_t dim) { return 2 * dim + sizeof(int32_t); }
-  static float pack(const float* query, int64_t dim, void* row) {
-    vf most{};
-    for (int64_t i = 0; i < dim; i += W) most = vmax(most, (vf)((vu)load<vf>(query + i) & 0x7fffffffu));
-    const float largest = max_of(most), unit = largest > 0 ? largest / 16256.0f : 1.0f;
+  static int64_t query_bytes(int64_t dim) { return dim + sizeof(int32_t); }
+  static constexpr float kLargest = 127;
+  static void pack(const float* query, int64_t dim, void* row) {
+    int8_t* out = (int8_t*)row;
     vi sum{};
-    for (int64_t i = 0; i < dim; i += W) {
-      const __m512i q = _mm512_cvtps_epi32((__m512)(load<vf>(query + i) * (1.0f / unit)));
-      const vi high = ((vi)q + 64) >> 7, low = (vi)q - high * 128;  // low is -64 .. 63
-      sum += (vi)q;
-      store((int8_t*)row + i, _mm512_cvtepi32_epi8((__m512i)high));
-      store((int8_t*)row + dim + i, _mm512_cvtepi32_epi8((__m512i)low));
+    auto rounded = [&](int64_t i) {
+      const __m512i x = _mm512_cvtps_epi32(load<__m512>(query + i));
+      sum += (vi)x;
+      return x;
+    };
+    int64_t i = 0;
+    for (; i + 4 * W <= dim; i += 4 * W) {  // each 128-bit lane holds pieces of four vectors, which are put in order
+      const __m512i a = rounded(i), b = rounded(i + W), c = rounded(i + 2 * W), d = rounded(i + 3 * W);
+      const __m512i mixed = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+      store(out + i, _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), mixed));
     }
-    int32_t offset = 0;
-    for (int j = 0; j < W; j++) offset += sum[j];
-    store((int8_t*)row + 2 * dim, offset * 128);
-    return unit;
+    for (; i < dim; i += W) store(out + i, _mm512_cvtsepi32_epi8(rounded(i)));
+    store(out + dim, 128 * _mm512_reduce_add_epi32((__m512i)sum));
   }
   static vu load_pieces(const char* key) { return load<vu>(key) ^ 0x80808080u; }
   static constexpr int kLoaded = 4 * W;
@@ -172,114 +166,168 @@ struct I8 : F32 {
 };
 #endif
 
-// Vectors that a tile takes.
+// Columns of a tile: vectors.
 template <class Key>
-int64_t tile_size(int64_t dim) {
-  return dim / Key::per_piece;
+int64_t num_columns(int64_t dim) {
+  return (dim + Key::kLoaded - 1) / Key::kLoaded * W;
 }
 
-// Columns of the dimensions from `d` on, fewer than a load brings. Apart, so that the loop before it keeps its registers.
-template <class Key>
-__attribute__((noinline)) void make_last_columns(const char* const* keys, int64_t d, int64_t dim, vu* tile) {
-  vu rows[W];
-  for (int k = 0; k < W; k++) {
-    char whole[sizeof(vu)] = {};
-    __builtin_memcpy(whole, keys[k] + d * Key::size, (dim - d) * Key::size);
-    rows[k] = Key::load_pieces(whole);
+// Where the keys of a head lie that stand at the positions of one sequence.
+struct KeyRows {
+  const Pages& pages;
+  int64_t sequence;
+  const char* head;  // the key of row 0
+  int64_t stride;    // bytes from a row to the next
+
+  // The address of the key at position `from` if the `n` keys from there on follow each other in one page; else null.
+  const char* together(int64_t from, int64_t n) const {
+    if (pages.max_pages == 1) return head + (pages.pages[sequence] * pages.page_size + from + pages.padding[sequence]) * stride;
+    const int64_t t = from + pages.padding[sequence], page = t / pages.page_size, place = t - page * pages.page_size;
+    if (place + n > pages.page_size) return nullptr;
+    return head + (pages.pages[sequence * pages.max_pages + page] * pages.page_size + place) * stride;
   }
-  transpose(rows);
-  for (int64_t c = 0; c < (dim - d) / (Key::kLoaded / W); c++) Key::split(rows[c], tile + c * Key::kSplit);
-}
 
-// The tile of the keys 0 .. W - 1.
-template <class Key>
-TS_INLINE void make_tile(const char* const* keys, int64_t dim, vu* tile) {
-  int64_t d = 0;
-  for (; d + Key::kLoaded <= dim; d += Key::kLoaded, tile += W * Key::kSplit) {
-    vu rows[W];
-    for (int k = 0; k < W; k++) rows[k] = Key::load_pieces(keys[k] + d * Key::size);
-    transpose(rows);
-    for (int c = 0; c < W; c++) Key::split(rows[c], tile + c * Key::kSplit);
+  // Addresses of a tile's `n` keys, the last one as often as it takes to fill it.
+  void each(int64_t from, int64_t n, const char** keys) const {
+    int64_t rows[W];
+    rows_of(pages, sequence, from, from + n, rows);
+    for (int64_t k = 0; k < W; k++) keys[k] = head + rows[k < n ? k : n - 1] * stride;
   }
-  if (d < dim) make_last_columns<Key>(keys, d, dim, tile);
-}
+};
 
-constexpr int64_t kTilesAhead = 2;
+constexpr int64_t kTilesAhead = 8;
 constexpr int kRowsAtOnce = W == 8 ? 6 : 8;  // sums that fit the registers
 
-// Products of `Tiles` tiles, one after the other, with `Rows` packed queries: out[row * ld + key], times `units[row]`
-// and, where they are given, the keys' own scales, plus `shifts[row]`.
-template <class Key, int Rows, int Tiles>
-TS_INLINE void multiply_tiles(const vu* tiles, const char* queries, int64_t dim, const float* units,
-                              const float* shifts, const float* key_scales, float* out, int64_t ld) {
-  const int64_t pieces = tile_size<Key>(dim), bytes = Key::query_bytes(dim);
-  typename Key::Sum sums[Tiles][Rows] = {};
-  for (int64_t i = 0; i < pieces; i++)
-    for (int t = 0; t < Tiles; t++) {
-      const vu piece = tiles[t * pieces + i];
-      for (int r = 0; r < Rows; r++) sums[t][r] = typename Key::Query(queries + r * bytes, dim).add(sums[t][r], piece, i);
-    }
-  for (int t = 0; t < Tiles; t++) {
-    const vf scales = key_scales ? load<vf>(key_scales + t * W) : set1(1.0f);
-    for (int r = 0; r < Rows; r++) {
-      const vf made = typename Key::Query(queries + r * bytes, dim).finish(sums[t][r]);
-      store(out + r * ld + t * W, made * (scales * units[r]) + shifts[r]);
-    }
+// The columns of a tile's dimensions from `d` on, as many as a load brings; `key(k)` is the address of key k.
+template <class Key, class Place>
+TS_INLINE void load_columns(Place key, int64_t d, vu* columns) {
+  for (int k = 0; k < W; k++) columns[k] = Key::load_pieces(key(k) + d * Key::size);
+  transpose(columns);
+}
+
+// The last dimensions, fewer than a load brings. Apart, so that the loop before it keeps its registers.
+template <class Key>
+__attribute__((noinline)) void load_last_columns(const char* const* keys, int64_t d, int64_t dim, vu* columns) {
+  char whole[W][sizeof(vu)] = {};
+  for (int k = 0; k < W; k++) __builtin_memcpy(whole[k], keys[k] + d * Key::size, (dim - d) * Key::size);
+  load_columns<Key>([&](int k) { return whole[k]; }, 0, columns);
+}
+
+// Sums of products of columns with packed queries, from their piece `i` on.
+template <class Key, int Rows>
+TS_INLINE void add_columns(const vu* columns, int count, const char* queries, int64_t dim, int64_t i,
+                           typename Key::Sum* sums) {
+#pragma GCC unroll 16  // so that columns and sums stay in registers
+  for (int c = 0; c < count; c++) {
+    vu pieces[Key::kSplit];
+    Key::split(columns[c], pieces);
+#pragma GCC unroll 4
+    for (int s = 0; s < Key::kSplit; s++)
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; r++)
+        sums[r] = typename Key::Query(queries + r * Key::query_bytes(dim), dim).add(sums[r], pieces[s], i + c * Key::kSplit + s);
   }
 }
 
-template <class Key, int Tiles>
-void multiply_all(const vu* tiles, const char* queries, int64_t rows, int64_t dim, const float* units,
-                  const float* shifts, const float* key_scales, float* out, int64_t ld) {
-  const int64_t parts = (rows + kRowsAtOnce - 1) / kRowsAtOnce, bytes = Key::query_bytes(dim);
-  for (int64_t p = 0, r = 0; p < parts; p++) {
-    const int64_t some = (rows - r + parts - p - 1) / (parts - p);
-    const char* q = queries + r * bytes;
-    float* o = out + r * ld;
-    const float *u = units + r, *h = shifts + r;
-    switch (some) {
-      case 1: multiply_tiles<Key, 1, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
-      case 2: multiply_tiles<Key, 2, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
-      case 3: multiply_tiles<Key, 3, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
-      case 4: multiply_tiles<Key, 4, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
-      case 5: multiply_tiles<Key, 5, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
-      case 6: multiply_tiles<Key, 6, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
-      case 7: multiply_tiles<Key, 7, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
-      default: multiply_tiles<Key, 8, Tiles>(tiles, q, dim, u, h, key_scales, o, ld); break;
-    }
-    r += some;
+// What the logits of `rows` queries against the keys of a tile need beside the keys.
+struct Logits {
+  const char* queries;  // packed
+  const float *units, *shifts;  // [rows]
+  const float* key_scales;      // of the tile, a whole vector, or null
+  float* out;                   // [rows, W], stride `ld`
+  int64_t ld;
+};
+
+template <class Key, int Rows>
+TS_INLINE void finish_rows(const typename Key::Sum* sums, int64_t dim, const Logits& l, int64_t row) {
+  const vf scales = l.key_scales ? load<vf>(l.key_scales) : set1(1.0f);
+  for (int r = 0; r < Rows; r++) {
+    const vf made = typename Key::Query(l.queries + (row + r) * Key::query_bytes(dim), dim).finish(sums[r]);
+    store(l.out + (row + r) * l.ld, made * (scales * l.units[row + r]) + l.shifts[row + r]);
+  }
+}
+
+// One tile and few rows: its columns never leave the registers.
+template <class Key, int Rows, class Place>
+TS_INLINE void multiply_keys(Place key, int64_t dim, const Logits& l) {
+  typename Key::Sum sums[Rows] = {};
+  for (int64_t d = 0; d < dim; d += Key::kLoaded) {
+    vu columns[W];
+    load_columns<Key>(key, d, columns);
+    add_columns<Key, Rows>(columns, W, l.queries, dim, d / Key::per_piece, sums);
+  }
+  finish_rows<Key, Rows>(sums, dim, l, 0);
+}
+
+// The same with columns that were loaded before.
+template <class Key, int Rows>
+TS_INLINE void multiply_columns(const vu* columns, int64_t dim, const Logits& l, int64_t row) {
+  typename Key::Sum sums[Rows] = {};
+  const int count = Key::kLoaded / W;
+  for (int64_t d = 0; d < dim; d += count, columns++)
+    add_columns<Key, Rows>(columns, 1, l.queries + row * Key::query_bytes(dim), dim, d / Key::per_piece, sums);
+  finish_rows<Key, Rows>(sums, dim, l, row);
+}
+
+// Calls `body` with a number of rows, 1 to kRowsAtOnce, that it can use at compile time.
+template <class Body>
+TS_INLINE void with_rows(int64_t rows, Body body) {
+  switch (rows) {
+    case 1: return body.template operator()<1>();
+    case 2: return body.template operator()<2>();
+    case 3: return body.template operator()<3>();
+    case 4: return body.template operator()<4>();
+    case 5: return body.template operator()<5>();
+    case 6: return body.template operator()<6>();
+    case 7: return body.template operator()<(kRowsAtOnce > 6 ? 7 : 6)>();
+    default: return body.template operator()<kRowsAtOnce>();
+  }
+}
+
+template <class Key>
+void multiply_tile(const KeyRows& keys, int64_t from, int64_t n, int64_t rows, int64_t dim, vu* columns, const Logits& l) {
+  const char* first = n == W && dim % Key::kLoaded == 0 ? keys.together(from, W) : nullptr;
+  auto place = [&](int k) { return first + k * keys.stride; };
+  if (first && rows <= kRowsAtOnce)
+    return with_rows(rows, [&]<int Rows>() { multiply_keys<Key, Rows>(place, dim, l); });
+  const char* each[W];
+  int64_t d = 0;
+  vu* column = columns;
+  if (!first) keys.each(from, n, each);
+  for (; d + Key::kLoaded <= dim; d += Key::kLoaded, column += W) {
+    if (first) load_columns<Key>(place, d, column);
+    else load_columns<Key>([&](int k) { return each[k]; }, d, column);
+  }
+  if (d < dim) load_last_columns<Key>(each, d, dim, column);
+  const int64_t parts = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  for (int64_t p = 0, row = 0; p < parts; p++) {
+    const int64_t some = (rows - row + parts - p - 1) / (parts - p);
+    with_rows(some, [&]<int Rows>() { multiply_columns<Key, Rows>(columns, dim, l, row); });
+    row += some;
   }
 }
 
 // While a tile is computed, those after the next come from memory into the second cache: requests to the first, of which
 // few can be under way at once, would hold up the loads.
 template <class Key>
-TS_INLINE void fetch_ahead(const char* const* keys, int64_t i, int64_t known, int64_t dim) {
-  const int64_t first = i + kTilesAhead * W, last = first + 2 * W < known ? first + 2 * W : known;
-  for (int64_t k = first; k < last; k++)
-    for (int64_t at = 0; at < dim * Key::size; at += 64) __builtin_prefetch(keys[k] + at, 0, 2);
+TS_INLINE void fetch_ahead(const KeyRows& keys, int64_t from, int64_t tiles, int64_t end, int64_t dim) {
+  for (int64_t t = 0; t < tiles; t++, from += W) {
+    if (from + W > end) return;
+    const char* first = keys.together(from, W);
+    if (!first) continue;
+    for (int k = 0; k < W; k++)
+      for (int64_t at = 0; at < dim * Key::size; at += 64) __builtin_prefetch(first + k * keys.stride + at, 0, 2);
+  }
 }
 
-// Logits [rows, n] (stride `ld`, written in whole vectors) of packed queries against `n` keys. `tiles` is room for two;
-// `key_scales`, if given, may be read to a whole vector. `known` keys, n at least, are those that will be asked for next.
+// Logits [rows, n] (stride `ld`, written in whole vectors) of packed queries against the `n` keys from position `from`
+// on; those up to `end` will be asked for next. `columns` is room for a tile; `l` is of the first.
 template <class Key>
-void dot_tiles(const char* const* keys, int64_t n, int64_t known, vu* tiles, const char* queries, int64_t rows, int64_t dim,
-               const float* units, const float* shifts, const float* key_scales, float* out, int64_t ld) {
-  const char* some[W];
-  const int64_t size = tile_size<Key>(dim);
-  for (int64_t i = 0; i < n;) {
-    fetch_ahead<Key>(keys, i, known, dim);
-    const int together = i + W < n && rows <= kRowsAtOnce / 2 ? 2 : 1;  // few rows alone would wait for their own sums
-    for (int t = 0; t < together; t++) {
-      const int64_t first = i + t * W;
-      const bool whole = first + W <= n;
-      for (int k = 0; !whole && k < W; k++) some[k] = keys[first + k < n ? first + k : n - 1];
-      make_tile<Key>(whole ? keys + first : some, dim, tiles + t * size);
-    }
-    const float* scales = key_scales ? key_scales + i : nullptr;
-    if (together == 2) multiply_all<Key, 2>(tiles, queries, rows, dim, units, shifts, scales, out + i, ld);
-    else multiply_all<Key, 1>(tiles, queries, rows, dim, units, shifts, scales, out + i, ld);
-    i += together * W;
+void dot_tiles(const KeyRows& keys, int64_t from, int64_t n, int64_t end, int64_t rows, int64_t dim, vu* columns, Logits l) {
+  for (int64_t i = 0; i < n; i += W, l.out += W) {
+    fetch_ahead<Key>(keys, from + i + kTilesAhead * W, 1, end, dim);
+    multiply_tile<Key>(keys, from + i, n - i < W ? n - i : W, rows, dim, columns, l);
+    if (l.key_scales) l.key_scales += W;
   }
 }
 

@@ -36,8 +36,9 @@ def check_votes(case: Votes) -> None:
 
 
 def rounding(case: Votes) -> float:
-    """How far a vote may be off, relative to it: AVX512-BF16 multiplies bf16 keys by queries that it rounds to bf16."""
-    return 3e-2 if case.cache.keys.dtype == torch.bfloat16 and cpu.instruction_set() == "avx512_bf16" else 0
+    """How far a vote may be off, relative to it: bf16 keys meet queries rounded to bf16, an int8 copy such of 8 bits."""
+    rounding = {("avx512_bf16", torch.bfloat16): 3e-2, ("avx512_bf16", torch.int8): 8e-2, ("avx512", torch.int8): 8e-2}
+    return rounding.get((cpu.instruction_set(), case.cache.keys.dtype), 0)
 
 
 def check_attention(case: Sparse) -> None:
@@ -142,21 +143,33 @@ def test_votes_of_blocks_that_share_their_keys(blocks: int, length: int) -> None
 @pytest.mark.parametrize("dim", [64, 80, 256])
 @pytest.mark.parametrize("context", [False, True], ids=["", "context"])
 def test_votes_by_an_int8_copy(layout: str, dim: int, context: bool) -> None:
-    case = votes_case(layout, dim=dim, context=context)
+    check_int8_votes(replace(votes_case(layout, dim=dim, context=context), scale=dim**-0.5))
+
+
+@pytest.mark.parametrize("layout", ["page1", "page16", "padded"])
+@pytest.mark.parametrize("dim", [16, 64, 80, 192, 256])
+def test_integer_queries_meet_an_int8_copy_exactly(layout: str, dim: int) -> None:
+    """Queries that 8 bits hold, in rotations by nothing, by a right angle and to double the length."""
+    case = votes_case(layout, dim=dim, half=8)
+    queries = torch.randint(-60, 61, case.queries.shape).float()
+    queries[..., 3], queries[..., 11] = 127, 0  # a pair in half rotary layout
+    turns = torch.randint(0, 4, case.views[1].cos.shape) * (torch.pi / 2)
+    views = [replace(view, cos=view.cos.clone(), sin=view.sin.clone()) for view in case.views]
+    views[0].cos.fill_(1), views[0].sin.fill_(0)
+    views[1].cos.copy_(turns.cos().round()), views[1].sin.copy_(turns.sin().round())
+    check_int8_votes(replace(case, queries=queries, views=views, scale=1 / 127 / dim**0.5), 0)
+    queries[..., 16:] = 0  # what is not rotated is not doubled
+    doubled = [replace(view, cos=2 * view.cos, sin=2 * view.sin) for view in views]
+    check_int8_votes(replace(case, queries=queries, views=doubled, scale=1 / 127 / dim**0.5), 0)
+
+
+def check_int8_votes(case: Votes, rtol: float | None = None) -> None:
     case.cache.keys.nan_to_num_(3.0)
     keys, scales = int8_copy(case.cache.keys)
-    given = (
-        case.queries,
-        keys,
-        case.cache.pages,
-        case.of,
-        case.candidates,
-        case.views,
-        case.scale,
-        case.context,
-        scales,
-    )
-    torch.testing.assert_close(cpu.score_tokens(*given)[0], reference.score_tokens(*given)[0], atol=VOTES, rtol=0)
+    case.cache.keys = keys
+    given = (case.queries, keys, case.cache.pages, case.of, case.candidates, case.views, case.scale, case.context, scales)
+    ours, theirs = (ops.score_tokens(*given)[0] for ops in (cpu, reference))
+    torch.testing.assert_close(ours, theirs, atol=VOTES, rtol=rounding(case) if rtol is None else rtol)
 
 
 # -- the most votes --------------------------------------------------------------------------------------------
