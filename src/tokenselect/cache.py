@@ -24,7 +24,7 @@ class Owner:
     """Who filled a cache: raw keys mean nothing to a model that rotates them itself."""
 
     active: bool = True
-    quantize: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # scoring reads an int8 copy
+    quantize: Callable[..., Any] | None = None  # `ops.quantize_rows`: scoring reads an int8 copy
     center_tokens: int = 0  # first tokens whose mean the copy is counted from; a sequence that selects has more
     plan: Any = None  # of the forward pass that runs; see integrations.transformers
     reserve: int = 0  # tokens that are known to come
@@ -76,8 +76,8 @@ class _Int8Copy:
                 self.lengths[i] = pad
             new = slice(self.lengths[i], length)
             assert owner.quantize is not None
-            integers, scales = owner.quantize(own[:, new].transpose(0, 1), self.center[i])
-            self.integers[i, :, new], self.scales[i, :, new] = integers.transpose(0, 1), scales.T
+            into = self.integers[i, :, new].transpose(0, 1), self.scales[i, :, new].T
+            owner.quantize(own[:, new].transpose(0, 1), self.center[i], into)
             self.lengths[i] = length
 
     def take(self, rows: Tensor) -> _Int8Copy:

@@ -36,7 +36,7 @@ def check_votes(case: Votes) -> None:
 
 
 def rounding(case: Votes) -> float:
-    """How far a vote may be off, relative to it: bf16 keys meet queries rounded to bf16, an int8 copy such of 8 bits."""
+    """How far a vote may be off, relative to it: bf16 keys meet queries rounded to bf16, int8 ones 8 bits."""
     rounding = {("avx512_bf16", torch.bfloat16): 3e-2, ("avx512_bf16", torch.int8): 8e-2, ("avx512", torch.int8): 8e-2}
     return rounding.get((cpu.instruction_set(), case.cache.keys.dtype), 0)
 
@@ -167,8 +167,8 @@ def check_int8_votes(case: Votes, rtol: float | None = None) -> None:
     case.cache.keys.nan_to_num_(3.0)
     keys, scales = int8_copy(case.cache.keys)
     case.cache.keys = keys
-    given = (case.queries, keys, case.cache.pages, case.of, case.candidates, case.views, case.scale, case.context, scales)
-    ours, theirs = (ops.score_tokens(*given)[0] for ops in (cpu, reference))
+    given = (case.queries, keys, case.cache.pages, case.of, case.candidates, case.views, case.scale, case.context)
+    ours, theirs = (ops.score_tokens(*given, scales)[0] for ops in (cpu, reference))
     torch.testing.assert_close(ours, theirs, atol=VOTES, rtol=rounding(case) if rtol is None else rtol)
 
 

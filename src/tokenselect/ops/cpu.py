@@ -12,6 +12,7 @@ import functools
 import os
 import threading
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -165,9 +166,10 @@ def score_tokens(
     if not 1 <= len(distances) <= 2:
         raise ValueError(f"distances must be one or two views, got {len(distances)}")
     first, second = distances[0], distances[-1]
-    lengths = candidates[:, 1] - candidates[:, 0]
-    start_loc = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    votes = torch.empty(max(0, int(start_loc[-1])))  # a negative size is refused below, by name
+    # In Python: four small tensor operations take longer than a block's few numbers do here.
+    ends = list(accumulate((last - first for first, last in candidates.tolist()), initial=0))
+    start_loc = torch.tensor(ends)
+    votes = torch.empty(max(0, ends[-1]))  # a negative size is refused below, by name
     torch.ops.tokenselect.score_tokens(
         queries.contiguous(),
         _rows(keys),
@@ -242,12 +244,14 @@ def sparse_attention(
     return out
 
 
-def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    rows: Tensor, center: Tensor | None = None, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """See `ops.reference.quantize_rows`."""
-    integers, scales = rows.new_empty(rows.shape, dtype=torch.int8), rows.new_empty(rows.shape[:2], dtype=torch.float32)
+    out = out or (rows.new_empty(rows.shape, dtype=torch.int8), rows.new_empty(rows.shape[:2], dtype=torch.float32))
     given = _NO_FLOATS if center is None else center.contiguous()
-    torch.ops.tokenselect.quantize_rows(_rows(rows), given, integers, scales)
-    return integers, scales
+    torch.ops.tokenselect.quantize_rows(_rows(rows), given, *out)
+    return out
 
 
 def quantize_into(

@@ -26,7 +26,7 @@ class PageTable:
 
     def slots(self, sequence: int, positions: Tensor) -> Tensor:
         """Rows of the cache that hold `positions` (int64, any shape) of a sequence."""
-        padded = positions + self.padding[sequence]
+        padded = positions + self.padding[sequence] if self.padding[sequence] else positions
         if self.pages.shape[1] == 1:
             return padded + self.pages[sequence, 0] * self.page_size
         return self.pages[sequence][padded // self.page_size] * self.page_size + padded % self.page_size

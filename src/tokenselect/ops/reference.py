@@ -206,7 +206,9 @@ def _turned(queries: Tensor, view: Distances, group: slice) -> Tensor:
     return rotate(queries[:, :, None], view.cos[run][:, None], view.sin[run][:, None], view.interleaved)
 
 
-def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    rows: Tensor, center: Tensor | None = None, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """The int8 copy of keys that `score_tokens` may read: half the bytes of 16-bit keys.
 
     Channels that are large in every token would leave few bits for what differs between tokens, so keys are counted
@@ -215,6 +217,7 @@ def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, T
     Args:
         rows: [num_rows, num_kv_heads, head_dim], any strides.
         center: [num_kv_heads, head_dim] float32; 0 where not given.
+        out: where to write the results, any strides between rows and heads; made if not given.
 
     Returns:
         integers: [num_rows, num_kv_heads, head_dim] int8, -127 .. 127.
@@ -222,7 +225,8 @@ def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, T
     """
     wide = rows.float() if center is None else rows.float() - center
     scales = wide.abs().amax(-1).clamp(min=1e-30) / 127
-    return (wide / scales[..., None]).round().to(torch.int8), scales
+    integers = (wide / scales[..., None]).round().to(torch.int8)
+    return (integers, scales) if out is None else (out[0].copy_(integers), out[1].copy_(scales))
 
 
 def quantize_into(

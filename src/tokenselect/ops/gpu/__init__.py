@@ -48,11 +48,14 @@ def pool_queries(
     return pool(queries, starts, counts, cos, sin, interleaved)
 
 
-def quantize_rows(rows: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    rows: Tensor, center: Tensor | None = None, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """See `ops.reference.quantize_rows`."""
     from tokenselect.ops.gpu.around import quantize_rows as quantize
 
-    return quantize(rows, center)
+    integers, scales = quantize(rows, center)
+    return (integers, scales) if out is None else (out[0].copy_(integers), out[1].copy_(scales))
 
 
 def quantize_into(
