@@ -83,7 +83,7 @@ struct Queries {
   const Group& g;
   int64_t kv_head, heads, dim, bytes;
   const float* center;
-  float* scaled;  // [blocks * heads, views, dim], in units of which a packed one holds any rotation
+  float* scaled;  // [rows, dim], in units of which a packed one holds any rotation
   float* turned;  // [dim]
   float *units, *shifts;  // [rows]
   char* packed;           // [rows]
@@ -103,7 +103,7 @@ struct Queries {
     const int64_t head = row / a.num_views, block = g.first_block + head / heads;
     const float* query = a.queries + (block * a.num_q_heads + kv_head * heads + head % heads) * dim;
     float unit = 1;
-    if (Key::kLargest > 0)
+    if constexpr (Key::kLargest > 0)
       unit = longest_pair(query, dim, a.half, a.interleaved) * g.amplitude[row % a.num_views] * (1 / Key::kLargest);
     if (!(unit > 0)) unit = 1;
     for (int64_t d = 0; d < dim; d += W) store(scaled + row * dim + d, load<vf>(query + d) * (1 / unit));
@@ -186,7 +186,9 @@ template <class Key>
 void weigh(const Group& g, int64_t kv_head, int64_t chunk, const float* logits) {
   const ScoreArgs& a = g.a;
   const int64_t from = g.begin + chunk * kChunk, per_block = g.head_rows / g.num_blocks;
-  auto inside = [&](int64_t position) { return position < from ? 0 : position < from + kChunk ? position - from : kChunk; };
+  auto inside = [&](int64_t position) {
+    return position < from ? 0 : position < from + kChunk ? position - from : kChunk;
+  };
   for (int64_t r = 0; r < g.head_rows; r++) {
     const int64_t block = g.first_block + r / per_block, row = kv_head * g.head_rows + r;
     const int64_t stop = inside(a.context[2 * block + 1]);
@@ -237,8 +239,9 @@ void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
     const bool spare = (place + n + W - 1) / W * W > kChunk || place % W;
     float* out = spare ? (float*)scratch(4, g.head_rows * (kChunk + W) * sizeof(float)) : logits + place;
     const int64_t ld = spare ? kChunk + W : kChunk;
+    const float* scales = Key::size == 1 ? key_scales + place : nullptr;
     dot_tiles<Key>(keys, at, n, g.end, g.head_rows, a.head_dim, columns,
-                   {queries.packed, queries.units, queries.shifts, Key::size == 1 ? key_scales + place : nullptr, out, ld});
+                   {queries.packed, queries.units, queries.shifts, scales, out, ld});
     if (spare)
       for (int64_t r = 0; r < g.head_rows; r++)
         __builtin_memcpy(logits + r * kChunk + place, out + r * ld, n * sizeof(float));
@@ -334,7 +337,7 @@ void score_tokens(const ScoreArgs& a) {
     }
     const int64_t head_rows = n * a.num_q_heads / a.num_kv_heads * a.num_views;
     const int64_t chunks = (end - begin + kChunk - 1) / kChunk;
-    Group g{a, first, n, begin, end, head_rows * a.num_kv_heads, head_rows, chunks, chunks * kChunk, nullptr, {}, {}, nullptr};
+    Group g{a, first, n, begin, end, head_rows * a.num_kv_heads, head_rows, chunks, chunks * kChunk};
     for (int64_t v = 0; v < a.num_views; v++) {
       const int64_t* runs = a.views[v].run_start_loc + first;
       g.run_size[v] = runs[n] - runs[0] == n ? kEndless : a.views[v].run_size;

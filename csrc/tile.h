@@ -144,7 +144,8 @@ struct I8 {
     for (; i + 4 * W <= dim; i += 4 * W) {  // each 128-bit lane holds pieces of four vectors, which are put in order
       const __m512i a = rounded(i), b = rounded(i + W), c = rounded(i + 2 * W), d = rounded(i + 3 * W);
       const __m512i mixed = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
-      store(out + i, _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), mixed));
+      const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      store(out + i, _mm512_permutexvar_epi32(order, mixed));
     }
     for (; i < dim; i += W) store(out + i, _mm512_cvtsepi32_epi8(rounded(i)));
     store(out + dim, 128 * _mm512_reduce_add_epi32((__m512i)sum));
@@ -181,9 +182,9 @@ struct KeyRows {
 
   // The address of the key at position `from` if the `n` keys from there on follow each other in one page; else null.
   const char* together(int64_t from, int64_t n) const {
-    if (pages.max_pages == 1) return head + (pages.pages[sequence] * pages.page_size + from + pages.padding[sequence]) * stride;
-    const int64_t t = from + pages.padding[sequence], page = t / pages.page_size, place = t - page * pages.page_size;
-    if (place + n > pages.page_size) return nullptr;
+    const int64_t t = from + pages.padding[sequence], page = pages.max_pages == 1 ? 0 : t / pages.page_size;
+    const int64_t place = t - page * pages.page_size;
+    if (pages.max_pages > 1 && place + n > pages.page_size) return nullptr;
     return head + (pages.pages[sequence * pages.max_pages + page] * pages.page_size + place) * stride;
   }
 
@@ -217,15 +218,18 @@ __attribute__((noinline)) void load_last_columns(const char* const* keys, int64_
 template <class Key, int Rows>
 TS_INLINE void add_columns(const vu* columns, int count, const char* queries, int64_t dim, int64_t i,
                            typename Key::Sum* sums) {
-#pragma GCC unroll 16  // so that columns and sums stay in registers
+  // Unrolled, so that columns and sums stay in registers.
+#pragma GCC unroll 16
   for (int c = 0; c < count; c++) {
     vu pieces[Key::kSplit];
     Key::split(columns[c], pieces);
 #pragma GCC unroll 4
     for (int s = 0; s < Key::kSplit; s++)
 #pragma GCC unroll 8
-      for (int r = 0; r < Rows; r++)
-        sums[r] = typename Key::Query(queries + r * Key::query_bytes(dim), dim).add(sums[r], pieces[s], i + c * Key::kSplit + s);
+      for (int r = 0; r < Rows; r++) {
+        const typename Key::Query query(queries + r * Key::query_bytes(dim), dim);
+        sums[r] = query.add(sums[r], pieces[s], i + c * Key::kSplit + s);
+      }
   }
 }
 
@@ -285,7 +289,8 @@ TS_INLINE void with_rows(int64_t rows, Body body) {
 }
 
 template <class Key>
-void multiply_tile(const KeyRows& keys, int64_t from, int64_t n, int64_t rows, int64_t dim, vu* columns, const Logits& l) {
+void multiply_tile(const KeyRows& keys, int64_t from, int64_t n, int64_t rows, int64_t dim, vu* columns,
+                   const Logits& l) {
   const char* first = n == W && dim % Key::kLoaded == 0 ? keys.together(from, W) : nullptr;
   auto place = [&](int k) { return first + k * keys.stride; };
   if (first && rows <= kRowsAtOnce)
@@ -307,25 +312,22 @@ void multiply_tile(const KeyRows& keys, int64_t from, int64_t n, int64_t rows, i
   }
 }
 
-// While a tile is computed, those after the next come from memory into the second cache: requests to the first, of which
-// few can be under way at once, would hold up the loads.
+// While a tile is computed, later ones come from memory into the second cache: requests to the first, of which few can
+// be under way at once, would hold up the loads.
 template <class Key>
-TS_INLINE void fetch_ahead(const KeyRows& keys, int64_t from, int64_t tiles, int64_t end, int64_t dim) {
-  for (int64_t t = 0; t < tiles; t++, from += W) {
-    if (from + W > end) return;
-    const char* first = keys.together(from, W);
-    if (!first) continue;
-    for (int k = 0; k < W; k++)
-      for (int64_t at = 0; at < dim * Key::size; at += 64) __builtin_prefetch(first + k * keys.stride + at, 0, 2);
-  }
+TS_INLINE void fetch_ahead(const KeyRows& keys, int64_t from, int64_t end, int64_t dim) {
+  const char* first = from + W <= end ? keys.together(from, W) : nullptr;
+  for (int k = 0; first && k < W; k++, first += keys.stride)
+    for (int64_t at = 0; at < dim * Key::size; at += 64) __builtin_prefetch(first + at, 0, 2);
 }
 
 // Logits [rows, n] (stride `ld`, written in whole vectors) of packed queries against the `n` keys from position `from`
 // on; those up to `end` will be asked for next. `columns` is room for a tile; `l` is of the first.
 template <class Key>
-void dot_tiles(const KeyRows& keys, int64_t from, int64_t n, int64_t end, int64_t rows, int64_t dim, vu* columns, Logits l) {
+void dot_tiles(const KeyRows& keys, int64_t from, int64_t n, int64_t end, int64_t rows, int64_t dim, vu* columns,
+               Logits l) {
   for (int64_t i = 0; i < n; i += W, l.out += W) {
-    fetch_ahead<Key>(keys, from + i + kTilesAhead * W, 1, end, dim);
+    fetch_ahead<Key>(keys, from + i + kTilesAhead * W, end, dim);
     multiply_tile<Key>(keys, from + i, n - i < W ? n - i : W, rows, dim, columns, l);
     if (l.key_scales) l.key_scales += W;
   }

@@ -40,9 +40,10 @@ def _refusal(folder: Path, **kwargs: Any) -> str:
     [
         ({"speculative_config": DRAFTS}, "speculative decoding is not supported"),
         ({"kv_cache_dtype": "fp8"}, "a KV cache in fp8 is not supported: leave out --kv-cache-dtype"),
+        ({"kv_cache_dtype": "float16"}, "a KV cache in float16 is not supported: leave out --kv-cache-dtype"),
         ({"max_num_batched_tokens": 40, "max_num_seqs": 16}, "--max-num-batched-tokens must be at least block_size"),
     ],
-    ids=["speculative decoding", "fp8 KV cache", "budget below a block"],
+    ids=["speculative decoding", "fp8 KV cache", "KV cache in another dtype", "budget below a block"],
 )
 def test_engines_that_could_not_select_are_refused(model: Path, given: dict[str, Any], reason: str) -> None:
     assert _refusal(model, **given).startswith(f"TokenSelect: {reason}")

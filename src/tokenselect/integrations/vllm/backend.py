@@ -220,7 +220,7 @@ class TokenSelectImpl(AttentionImpl[TokenSelectMetadata]):
         reshape_and_cache_flash(*given)
 
     def _scoring(self, rows: _Rows, step: Step, copies: CopyWork | None) -> Scoring | None:
-        if copies is not None and copies.tokens.shape[0]:
+        if copies is not None:
             if self._copy is None or self._copy.integers.shape[0] != rows.cache.shape[0]:
                 self._copy = Int8Copy(rows.cache[..., : self.head_size])
             self._copy.update(rows.keys, copies, self.ops)

@@ -43,8 +43,8 @@ class CopyWork:
 
 def plan_copies(
     stretches: Sequence[Stretch], states: Sequence[RequestState], pages: PageTable, num_rows: int, num_kv_heads: int
-) -> CopyWork:
-    """Tokens of contexts that select, and that no copy holds yet.
+) -> CopyWork | None:
+    """Tokens of contexts that select, and that no copy holds yet; None: no context of the batch selects.
 
     A head's tokens of a block lie side by side in the copy: as rows of tokens, block `b` is page `b * num_kv_heads`.
     """
@@ -61,10 +61,12 @@ def plan_copies(
         tokens.append(positions)
         owners.append((sequence, state.row, len(positions)))
         state.copied = stretch.end
+    if not owners:
+        return None
     counts = torch.tensor([count for *_, count in owners], dtype=torch.int64, device=device)
     sequences = torch.tensor([sequence for sequence, *_ in owners], dtype=torch.int64, device=device)
     rows = torch.tensor([row for _, row, _ in owners], dtype=torch.int64, device=device)
-    new = torch.cat(tokens) if tokens else counts
+    new = torch.cat(tokens)
     copied = PageTable(pages.pages * num_kv_heads, pages.page_size, pages.padding)
     owner = torch.repeat_interleave(sequences, counts)
     return CopyWork(
@@ -115,9 +117,8 @@ class Int8Copy:
             self.centers = grown
         for row, first in zip(work.centers.tolist(), work.first, strict=True):
             self.centers[row] = rows[first].float().mean(0)
-        if work.tokens.shape[0]:
-            given = rows, work.tokens, self.centers, work.requests
-            ops.quantize_into(*given, self.rows, self.row_scales, work.into)
+        given = rows, work.tokens, self.centers, work.requests
+        ops.quantize_into(*given, self.rows, self.row_scales, work.into)
 
     def scoring(self, rows: Tensor, work: CopyWork) -> Scoring:
         """The copy of the keys `rows` as scoring reads it."""

@@ -9,7 +9,7 @@ from tokenselect.integrations.vllm.settings import read_settings, trace_folder
 # Every layer of these rotates its queries and keys and attends all earlier tokens.
 MODEL_TYPES = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 
-CACHE_DTYPES = ("auto", "float16", "bfloat16")
+CACHE_DTYPES = ("auto", "float16", "bfloat16")  # and that of the model
 
 
 def check(vllm_config: Any) -> None:
@@ -40,11 +40,11 @@ def check(vllm_config: Any) -> None:
 def _unsupported(vllm_config: Any) -> list[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache_dtype = vllm_config.cache_config.cache_dtype
-    kind = model.hf_text_config.model_type
+    kind, own = model.hf_text_config.model_type, str(model.dtype).removeprefix("torch.")
     reasons = {
         "multi-head latent attention (MLA) is not supported": model.use_mla,
         f"models of type {kind} are not supported; supported are {', '.join(MODEL_TYPES)}": kind not in MODEL_TYPES,
-        f"a KV cache in {cache_dtype} is not supported: leave out --kv-cache-dtype": cache_dtype not in CACHE_DTYPES,
+        f"a KV cache in {cache_dtype} is not supported: leave out --kv-cache-dtype": cache_dtype not in ("auto", own),
         "speculative decoding is not supported": vllm_config.speculative_config is not None,
         "decode context parallelism is not supported": parallel.decode_context_parallel_size > 1,
         "KV transfer between servers is not supported": vllm_config.kv_transfer_config is not None,
