@@ -239,7 +239,7 @@ void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor keys(stack[0], "rows"), center(stack[1], "center"), out(stack[2], "integers"), scales(stack[3], "scales");
   QuantizeArgs args = copy_of(keys, out, scales);
   if (!center.empty()) args.centers = center.shaped({args.heads, args.size}).data<float>();
-  out.shaped({args.count, args.heads, args.size}), scales.shaped({args.count, args.heads});
+  out.shaped({args.count, args.heads, args.size});
   kernels(args.size).quantize_rows(args);
 }
 

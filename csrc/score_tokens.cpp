@@ -1,8 +1,9 @@
 // The soft vote: logits of every head against every candidate, softmax per head, summed over heads.
 //
 // A key is loaded once for all rows that score it: the heads of its group, both views of the distances and the blocks
-// that share its context. Each chunk of keys leaves exp(logit - its own maximum) behind and its maximum and sum, so the
-// second pass reads those, not the keys, and is one multiplication per row and token.
+// that share its context. Each chunk of keys leaves exponentials behind, in units of a power of two of its own, and their
+// sum, so the second pass reads those, not the keys, and is one multiplication per row and token. Powers of two round
+// nothing: equal keys have equal votes, wherever they are.
 #include "tile.h"
 
 namespace tokenselect::TS_ISA {
@@ -15,8 +16,8 @@ constexpr int64_t kEndless = int64_t(1) << 60;
 constexpr float kNone = -3.4e38f;
 
 struct Stats {
-  float most;    // maximum of the chunk's logits
-  float sum;     // of exp(logit - most) over the context
+  float power;   // of two, in units of which the chunk's exponentials are kept; even
+  float sum;     // of them over the context
   float chosen;  // the same over the candidates
 };
 
@@ -135,12 +136,16 @@ struct Queries {
   }
 };
 
-// exp(logit - most); in powers of two, where a weight in half precision is all that is kept.
+// exp(logit) / 2^power; less exact, where a weight in half precision is all that is kept.
 template <class Key>
-TS_INLINE vf exp_of(vf logits, float most) {
-  if constexpr (Key::size == 4) return vexp(logits - most);
-  else return vexp2(logits * 1.44269504f - most * 1.44269504f);
+TS_INLINE vf exp_of(vf logits, float power) {
+  if constexpr (Key::size == 4) return vexp(logits, power);
+  else return vexp2(logits * 1.44269504f, power);
 }
+
+// An even power of two, in units of which exp(logit) is at most 2^14: so half precision holds the largest exponential of
+// a chunk, and what is 2^28 times smaller with all its digits.
+TS_INLINE float power_below(float logit) { return 2 * __builtin_ceilf(logit * (1.44269504f / 2)) - 14; }
 
 // Exponentials of a whole chunk, all of them candidates: nothing is masked, and sums do not wait for each other.
 template <class Key>
@@ -150,15 +155,15 @@ TS_INLINE Stats weigh_all(const float* logits, void* weights, int64_t place) {
   for (int j = 0; j < kSums; j++) most[j] = load<vf>(logits + j * W);
   for (int64_t i = kSums * W; i < kChunk; i += kSums * W)
     for (int j = 0; j < kSums; j++) most[j] = vmax(most[j], load<vf>(logits + i + j * W));
-  const float largest = max_of(vmax(vmax(most[0], most[1]), vmax(most[2], most[3])));
+  const float power = power_below(max_of(vmax(vmax(most[0], most[1]), vmax(most[2], most[3]))));
   for (int64_t i = 0; i < kChunk; i += kSums * W)
     for (int j = 0; j < kSums; j++) {
-      const vf e = exp_of<Key>(load<vf>(logits + i + j * W), largest);
+      const vf e = exp_of<Key>(load<vf>(logits + i + j * W), power);
       sum[j] += e;
       store_weight<Key>(weights, place + i + j * W, e);
     }
   const float total = sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  return {largest, total, total};
+  return {power, total, total};
 }
 
 // Exponentials of a chunk of which `stop` tokens are context and those from `low` to `high` - 1 candidates.
@@ -170,18 +175,18 @@ Stats weigh_some(const float* logits, int64_t stop, int64_t low, int64_t high, v
   vf most = set1(kNone), sum{}, chosen{};
   for (int64_t i = 0; i < stop; i += W)
     most = vmax(most, i + W <= stop ? load<vf>(logits + i) : lane < (int32_t)(stop - i) ? load<vf>(logits + i) : most);
-  const float largest = max_of(most);
+  const float power = power_below(max_of(most));
   for (int64_t i = 0; i < stop; i += W) {
-    vf e = exp_of<Key>(load<vf>(logits + i), largest);
+    vf e = exp_of<Key>(load<vf>(logits + i), power);
     if (i + W > stop) e = lane < (int32_t)(stop - i) ? e : vf{};
     sum += e;
     chosen += (lane >= (int32_t)(low - i)) & (lane < (int32_t)(high - i)) ? e : vf{};
     store_weight<Key>(weights, place + i, e);
   }
-  return {largest, sum_of(sum), sum_of(chosen)};
+  return {power, sum_of(sum), sum_of(chosen)};
 }
 
-// Logits of one chunk become exponentials under the chunk's own maximum.
+// Logits of one chunk become exponentials.
 template <class Key>
 void weigh(const Group& g, int64_t kv_head, int64_t chunk, const float* logits) {
   const ScoreArgs& a = g.a;
@@ -250,6 +255,12 @@ void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
   weigh<Key>(g, kv_head, chunk, logits);
 }
 
+// 2^n for a whole n <= 0; 0 below -126.
+TS_INLINE float power_of_two(float n) {
+  const uint32_t bits = n < -126 ? 0 : (uint32_t)(127 + (int32_t)n) << 23;
+  return load<float>(&bits);
+}
+
 // factor[row, chunk]: what turns the chunk's exponentials into votes; normalises every view of a block to a sum of 1.
 void finish_stats(const Group& g, float* factors) {
   const ScoreArgs& a = g.a;
@@ -262,10 +273,10 @@ void finish_stats(const Group& g, float* factors) {
           for (int64_t h = 0; h < heads; h++) {
             const int64_t row = kv * g.head_rows + n * per_block + h * a.num_views + v;
             const Stats* stats = g.stats + row * g.chunks;
-            float most = kNone, sum = 0, chosen = 0;
-            for (int64_t c = 0; c < g.chunks; c++) most = stats[c].most > most ? stats[c].most : most;
+            float power = kNone, sum = 0, chosen = 0;
+            for (int64_t c = 0; c < g.chunks; c++) power = stats[c].power > power ? stats[c].power : power;
             for (int64_t c = 0; c < g.chunks; c++) {
-              const float lift = stats[c].sum > 0 ? vexp(set1(stats[c].most - most))[0] : 0;
+              const float lift = power_of_two(stats[c].power - power);
               sum += stats[c].sum * lift, chosen += stats[c].chosen * lift;
               if (pass) factors[row * g.chunks + c] = lift;
             }

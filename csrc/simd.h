@@ -80,14 +80,16 @@ TS_INLINE uint32_t mask_of(vi v) {
 #endif
 }
 
-// e^x for x <= 88; 0 below -87. Relative error about 2e-7 (Cephes' polynomial).
-TS_INLINE vf vexp(vf x) {
-  const vf low = set1(-87.0f);
+// e^x / 2^power, at most 2^127; 0 from about e^-87 down. Relative error about 2e-7 (Cephes' polynomial). `power` is an
+// even number, so that the same x is rounded alike under any: results differ by a power of two exactly.
+TS_INLINE vf vexp(vf x, float power = 0) {
+  const vf low = set1(power * 0.693147181f - 87.0f);
   const vi alive = x >= low;
   x = vmax(x, low);
-  vf n = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
-  const vu power = (vu)n << 23;  // unsigned: lanes past a row's end hold anything, and their sums may wrap
-  n -= 12582912.0f;
+  const float whole = 12582912.0f - power;  // 1.5 * 2^23: rounds to an integer in the low bits
+  vf n = x * 1.44269504088896341f + whole;
+  const vu bits = (vu)n << 23;  // unsigned: lanes past a row's end hold anything, and their sums may wrap
+  n -= whole;
   const vf r = x - n * 0.693359375f - n * -2.12194440e-4f;
   vf p = set1(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -96,14 +98,16 @@ TS_INLINE vf vexp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return (vf)(((vu)p + power) & (vu)alive);
+  return (vf)(((vu)p + bits) & (vu)alive);
 }
 
-// 2^x for -126 <= x <= 127, which smaller ones count as. Relative error about 7e-6, below half precision's.
-TS_INLINE vf vexp2(vf x) {
-  x = vmax(x, set1(-126.0f));
-  const vf n = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
-  const vf r = x - (n - 12582912.0f);
+// 2^x / 2^power, `power` as above, from 2^-126, which smaller ones count as, to 2^127. Relative error about 7e-6, below
+// half precision's.
+TS_INLINE vf vexp2(vf x, float power) {
+  x = vmax(x, set1(power - 126.0f));
+  const float whole = 12582912.0f - power;  // 1.5 * 2^23: rounds to an integer in the low bits
+  const vf n = x + whole;
+  const vf r = x - (n - whole);
   vf p = set1(9.6708764e-3f);
   p = p * r + 5.5901898e-2f;
   p = p * r + 2.4022107e-1f;

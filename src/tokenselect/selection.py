@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -278,14 +277,9 @@ def _reuse(
 def _attended(
     indices: Tensor | None, window: int, block: Block, config: TokenSelectConfig, device: torch.device
 ) -> Tensor:
-    sinks, recent = _positions(0, min(config.num_sink_tokens, window), device), _positions(window, block.end, device)
+    sinks = torch.arange(min(config.num_sink_tokens, window), device=device)
+    recent = torch.arange(window, block.end, device=device)
     return torch.cat((sinks, recent) if indices is None else (sinks, indices, recent))
-
-
-@lru_cache(maxsize=64)
-def _positions(start: int, end: int, device: torch.device) -> Tensor:
-    """The same ones for every layer of a forward pass; nobody writes to them."""
-    return torch.arange(start, end, device=device)
 
 
 def _smooth(votes: Tensor, start_loc: Tensor, width: int) -> Tensor:

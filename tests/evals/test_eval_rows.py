@@ -10,10 +10,11 @@ import pytest
 
 from benchmarks import eval_rows, evaluate, evaluation, report
 from benchmarks.evaluate import Job, with_settings
-from benchmarks.evaluation_plan import Part
+from benchmarks.evaluation_plan import PLAN, Part
 from tokenselect.config import TokenSelectConfig
 from tokenselect.evals.cells import Name
 from tokenselect.evals.predictions import Key, Prediction
+from tokenselect.methods import METHODS
 from tokenselect.models import LoadedModel
 
 ONE = Prediction("passkey", 4000, "tokenselect", "", 0, 0.05, "pass key", ("12345",), " 12345", 1.0, 2.5, "a GPU")
@@ -59,6 +60,10 @@ def test_what_is_collected_is_answered(results: Path) -> None:
     eval_rows.merge([ONE, replace(ONE, number=3, settings="num_tail_tokens=0")], FACTS)
     assert eval_rows.answered("a GPU") == {ONE.key, ONE.key._replace(number=3, settings="num_tail_tokens=0")}
     assert eval_rows.answered("another") == set()
+
+
+def test_every_method_is_planned() -> None:
+    assert {method.partition("+")[0] for part in PLAN for method in part.methods} == set(METHODS)
 
 
 def test_processes_share_a_plan_out(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,10 @@ def test_wrong_arguments_of_topk_are_named(sentence: str, votes: Tensor, start_l
 ROWS = torch.rand(3, 32)
 
 
+def int8(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int8)
+
+
 @pytest.mark.parametrize(
     ("sentence", "call"),
     [
@@ -194,6 +198,18 @@ ROWS = torch.rand(3, 32)
         ("rows must be as long as the weight's, got [3, 32]", lambda: cpu.rms_norm(ROWS, torch.rand(16), 1e-5)),
         ("rows must be of shape [*, *, *], got [1, 3]", lambda: cpu.quantize_rows(torch.rand(1, 3))),
         ("head_dim must be a multiple of 16 up to 256, got 8", lambda: cpu.quantize_rows(torch.rand(1, 3, 8))),
+        (
+            "integers must be of shape [1, 3, 16], got [2, 3, 16]",
+            lambda: cpu.quantize_rows(torch.rand(1, 3, 16), None, (int8(2, 3, 16), torch.empty(2, 3))),
+        ),
+        (
+            "integers must be contiguous in its last dimension, got strides [48, 1, 3]",
+            lambda: cpu.quantize_rows(torch.rand(1, 3, 16), None, (int8(1, 16, 3).mT, torch.empty(1, 3))),
+        ),
+        (
+            "scales must be of shape [1, 3], got [3, 1]",
+            lambda: cpu.quantize_rows(torch.rand(1, 3, 16), None, (int8(1, 3, 16), torch.empty(3, 1))),
+        ),
         ("center must be of shape [3, 16], got [16]", lambda: cpu.quantize_rows(torch.rand(1, 3, 16), torch.rand(16))),
         (
             "center must be float32, got float16",

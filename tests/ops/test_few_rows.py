@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,19 @@ def test_quantize_rows(dim: int, dtype: torch.dtype, centered: bool) -> None:
     different = integers != expected  # where a quotient lies next to a half, the last bit of it decides
     assert different.float().mean() < 1e-3
     assert (integers.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
+def test_a_copy_is_written_where_it_belongs(ops: Any) -> None:
+    """Into rows of a larger one, whose heads lie apart; nothing beside them changes."""
+    rows, center = torch.randn(9, 3, 32), torch.randn(3, 32)
+    integers, scales = torch.full((3, 20, 32), 77, dtype=torch.int8), torch.full((3, 20), 7.0)
+    into = integers[:, 5:14].transpose(0, 1), scales[:, 5:14].T
+    given = ops.quantize_rows(rows, center, into)
+    expected = ops.quantize_rows(rows, center)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(into, expected, given, strict=True))
+    untouched = [*range(5), *range(14, 20)]
+    assert bool((integers[:, untouched] == 77).all() & (scales[:, untouched] == 7).all())
 
 
 def test_the_reference_copy_is_near_the_keys() -> None:
