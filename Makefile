@@ -31,8 +31,8 @@ demo: $(VENV)/.package $(VENV)/.data  ## find facts in documents twice as long a
 	HF_HUB_OFFLINE=1 $(BIN)/tokenselect demo $(DEMO_ARGS)
 
 # On the machine with the GPU, with the Python that has its PyTorch and Triton: nothing is installed or fetched.
-test-gpu:  ## the Triton kernels' tests on the GPU itself
-	PYTHONPATH=src $(PYTHON) -m pytest tests/ops/test_gpu.py
+test-gpu:  ## the Triton kernels and the offloaded cache, tested on the GPU itself
+	PYTHONPATH=src $(PYTHON) -m pytest tests/ops/test_gpu.py tests/ops/test_resident.py tests/test_offload.py
 
 bench-gpu:  ## attention of one layer on the GPU against the best dense kernel: about a minute and a half
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu

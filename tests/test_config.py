@@ -12,7 +12,7 @@ from tokenselect.config import TokenSelectConfig
 
 COUNTS = [item.name for item in fields(TokenSelectConfig) if item.type in ("int", "int | None")]
 POSITIVE = ["block_size", "distance_bucket_size", "max_distance", "smoothing_window", "prefill_chunk_size"]
-SWITCHES = ["head_weights", "scale_votes", "local_includes_block"]
+SWITCHES = ["head_weights", "scale_votes", "local_includes_block", "kv_offload"]
 
 
 def test_counts_are_all_here() -> None:

@@ -17,7 +17,7 @@ LAYERS = [
     {"llm", "generation", "sampling"},
     {"methods", "evals", "models", "embedded", "measure", "memory", "stats", "inspect"},
     {"integrations"},
-    {"cache", "trace"},
+    {"cache", "offload", "trace"},
     {"selection"},
     {"rotary", "config", "hardware"},
     {"ops"},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,9 @@ class Owner:
 
 
 @dataclass(slots=True)
-class _Buffers:
+class Buffers:
+    """Keys and values [B, Hkv, capacity, D] of one layer, and what is known of them."""
+
     keys: Tensor
     values: Tensor
     length: int = 0
@@ -52,32 +55,39 @@ class _Int8Copy:
     padding: list[int] = field(default_factory=list)
 
     @classmethod
-    def like(cls, keys: Tensor) -> _Int8Copy:
-        """Room for a copy of `keys` [B, Hkv, capacity, D]."""
+    def like(cls, keys: Tensor, device: torch.device) -> _Int8Copy:
+        """Room on a device for a copy of `keys` [B, Hkv, capacity, D]."""
         batch, heads, _, dim = keys.shape
-        scales = keys.new_empty(keys.shape[:3], dtype=torch.float32)
-        center = keys.new_empty((batch, heads, dim), dtype=torch.float32)
-        return cls(advise_huge_pages(keys.new_empty(keys.shape, dtype=torch.int8)), scales, center, [0] * batch)
+        integers = torch.empty(keys.shape, dtype=torch.int8, device=device)
+        scales = torch.empty(keys.shape[:3], dtype=torch.float32, device=device)
+        center = torch.empty((batch, heads, dim), dtype=torch.float32, device=device)
+        return cls(advise_huge_pages(integers), scales, center, [0] * batch)
 
-    def update(self, keys: Tensor, length: int, padding: list[int], owner: Owner) -> None:
+    def update(self, read: Callable[[int, int, int], Tensor], length: int, padding: list[int], owner: Owner) -> None:
         """Copy the tokens that are new, of sequences that are long enough to select.
 
         The center of a sequence is the mean of its first tokens, always of the same ones: so neither chunks nor
         other sequences change what is selected.
+
+        Args:
+            read: gives the keys [Hkv, n, D] of a sequence from one token to another.
+            length: tokens cached of each sequence.
+            padding: rows before each sequence's first token.
+            owner: of the cache.
         """
         if padding != self.padding:
             self.lengths, self.padding = [0] * len(padding), padding
-        for i, (pad, own) in enumerate(zip(padding, keys, strict=True)):
+        for i, pad in enumerate(padding):
             first = pad + owner.center_tokens
             if length < first or self.lengths[i] == length:
                 continue
             if self.lengths[i] < first:
-                self.center[i] = own[:, pad:first].float().mean(1)
+                self.center[i] = read(i, pad, first).float().mean(1)
                 self.lengths[i] = pad
             new = slice(self.lengths[i], length)
             assert owner.quantize is not None
             into = self.integers[i, :, new].transpose(0, 1), self.scales[i, :, new].T
-            owner.quantize(own[:, new].transpose(0, 1), self.center[i], into)
+            owner.quantize(read(i, new.start, length).transpose(0, 1), self.center[i], into)
             self.lengths[i] = length
 
     def take(self, rows: Tensor) -> _Int8Copy:
@@ -101,7 +111,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, owner: Owner, index: int = 0) -> None:
         self.owner, self.index = owner, index
         self.handed: tuple[Tensor, Tensor] | None = None  # what the host got: it must come back unchanged
-        self._own: _Buffers | None = None
+        self._own: Buffers | None = None
         self.is_initialized = False
 
     @property
@@ -119,15 +129,20 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         """What the layer remembers of each sequence of the batch."""
         return [] if self._own is None else self._own.states
 
+    @property
+    def most_rows(self) -> int:
+        """Rows that can be attended at once."""
+        return sys.maxsize
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the buffers on first use."""
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads, _, dim = key_states.shape
         capacity = max(_LEAST_CAPACITY, self.owner.reserve, key_states.shape[2])
-        self._own = _Buffers(
-            advise_huge_pages(key_states.new_empty(batch, heads, capacity, dim)),
+        self._own = Buffers(
+            self._room((batch, heads, capacity, dim)),
             # autocast may make values of another type than keys
-            advise_huge_pages(key_states.new_empty(batch, heads, capacity, value_states.shape[3])),
+            self._room((batch, heads, capacity, value_states.shape[3])),
             states=[SelectionState() for _ in range(batch)],
         )
         self.is_initialized = True
@@ -156,8 +171,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         assert own is not None
         end = own.length + key_states.shape[2]
         self._grow(own, end)
-        own.keys[:, :, own.length : end] = key_states
-        own.values[:, :, own.length : end] = value_states
+        self._write(own, key_states, value_states)
         own.length = end
         self.handed = own.keys[:, :, :end], own.values[:, :, :end]
         return self.handed
@@ -167,18 +181,46 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         result: Tensor = self.owner.plan.attend(self, query, scale, softcap, sinks)
         return result
 
-    def _grow(self, own: _Buffers, needed: int) -> None:
+    def _room(self, shape: Sequence[int]) -> Tensor:
+        """Uninitialised memory for keys or values."""
+        return advise_huge_pages(torch.empty(tuple(shape), dtype=self.dtype, device=self.device))
+
+    def _write(self, own: Buffers, key_states: Tensor, value_states: Tensor) -> None:
+        """Put new tokens behind the others."""
+        new = slice(own.length, own.length + key_states.shape[2])
+        own.keys[:, :, new] = key_states
+        own.values[:, :, new] = value_states
+
+    def _grow(self, own: Buffers, needed: int) -> None:
         if needed <= own.keys.shape[2]:
             return
         capacity = max(int(own.keys.shape[2] * _GROWTH), needed, self.owner.reserve)
-        own.keys = _enlarged(own.keys, own.length, capacity)
-        own.values = _enlarged(own.values, own.length, capacity)
+        self._moves()
+        own.keys = self._enlarged(own.keys, own.length, capacity)
+        own.values = self._enlarged(own.values, own.length, capacity)
         own.pages = None
+
+    def _enlarged(self, buffer: Tensor, length: int, capacity: int) -> Tensor:
+        batch, heads, _, dim = buffer.shape
+        larger = self._room((batch, heads, capacity, dim))
+        larger[:, :, :length] = buffer[:, :, :length]
+        return larger
+
+    def _moves(self) -> None:
+        """Called before tokens are taken back, or change their rows."""
+
+    def attended_rows(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [num_rows, Hkv, D] on the device, and where in them the rows `slots` of the cache are."""
+        return *self.rows(), slots
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Keys and values as rows [num_rows, Hkv, D] of one paged cache: sequence `b` is page `b * Hkv`."""
         assert self._own is not None
         return _as_rows(self._own.keys), _as_rows(self._own.values)
+
+    def raw_rows(self) -> Tensor:
+        """Raw keys as rows, for who reads them on the host's account."""
+        return self.rows()[0]
 
     def scoring_rows(self, padding: list[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Keys as scoring reads them: as they are, or their int8 copy, brought up to date, its scales and center."""
@@ -187,11 +229,16 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.owner.quantize is None:
             return _as_rows(own.keys), None, None
         if own.copy is None or own.copy.integers.shape != own.keys.shape:
-            own.copy = _Int8Copy.like(own.keys)
-        own.copy.update(own.keys, own.length, padding, self.owner)
+            own.copy = _Int8Copy.like(own.keys, self.device)
+        own.copy.update(self._read, own.length, padding, self.owner)
         batch, heads, capacity = own.copy.scales.shape
         scales = own.copy.scales.as_strided(((batch * heads - heads + 1) * capacity, heads), (1, capacity))
         return _as_rows(own.copy.integers), scales, own.copy.center
+
+    def _read(self, sequence: int, start: int, end: int) -> Tensor:
+        """Raw keys [Hkv, end - start, D] of a sequence, padding counted, on the device."""
+        assert self._own is not None
+        return self._own.keys[sequence, :, start:end]
 
     def page_table(self, padding: list[int]) -> PageTable:
         """Where the tokens of each sequence lie in `rows()`."""
@@ -225,6 +272,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
             raise ValueError(f"crop takes a count <= 0 of tokens to remove, got {tokens_to_remove}")
         if self._own is None or tokens_to_remove == 0:
             return
+        self._moves()
         self._own.length = max(0, self._own.length + tokens_to_remove)
         if self._own.copy is not None:
             self._own.copy.lengths = [min(length, self._own.length) for length in self._own.copy.lengths]
@@ -249,27 +297,21 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         own = self._own
         if own is None:
             return
+        self._moves()
         rows = rows.to(self.device)
-        own.keys = _taken(own.keys, rows, own.length)
-        own.values = _taken(own.values, rows, own.length)
+        own.keys = self._taken(own.keys, rows, own.length)
+        own.values = self._taken(own.values, rows, own.length)
         own.pages = None
         own.copy = own.copy and own.copy.take(rows)
         own.states = [copy.copy(own.states[row]) for row in rows.tolist()]
 
-
-def _enlarged(buffer: Tensor, length: int, capacity: int) -> Tensor:
-    batch, heads, _, dim = buffer.shape
-    larger = advise_huge_pages(buffer.new_empty(batch, heads, capacity, dim))
-    larger[:, :, :length] = buffer[:, :, :length]
-    return larger
-
-
-def _taken(buffer: Tensor, rows: Tensor, length: int) -> Tensor:
-    """Rows of a batch; only the filled part is copied."""
-    if rows.shape[0] != buffer.shape[0]:
-        return _enlarged(buffer[:, :, :length][rows], length, buffer.shape[2])
-    buffer[:, :, :length] = buffer[:, :, :length][rows]
-    return buffer
+    def _taken(self, buffer: Tensor, rows: Tensor, length: int) -> Tensor:
+        """Rows of a batch; only the filled part is copied."""
+        rows = rows.to(buffer.device)
+        if rows.shape[0] != buffer.shape[0]:
+            return self._enlarged(buffer[:, :, :length][rows], length, buffer.shape[2])
+        buffer[:, :, :length] = buffer[:, :, :length][rows]
+        return buffer
 
 
 def _as_rows(buffer: Tensor) -> Tensor:

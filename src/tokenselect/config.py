@@ -42,6 +42,9 @@ class TokenSelectConfig:
     score_dtype: ScoreDtype = _setting(
         "int8", "what scoring reads: the keys as they are cached, or a copy in int8, half the bytes of 16-bit keys"
     )
+    kv_offload: bool = _setting(
+        False, "keep keys and values in host memory; the GPU has the int8 copy and the rows that were attended last"
+    )
     distance_bucket_size: int = _setting(64, "tokens scored at one mean distance", low=1)
     max_distance: int | None = _setting(
         None, "largest distance that scoring uses; default: 7/8 of the model's trained window", low=1
@@ -65,6 +68,10 @@ class TokenSelectConfig:
             _check(item.name, getattr(self, item.name), hints[item.name], item.metadata["low"])
         if self.smoothing_window % 2 == 0:
             raise ValueError(f"smoothing_window must be odd, got {self.smoothing_window}")
+        if self.kv_offload and self.score_dtype != "int8":
+            raise ValueError(
+                f"score_dtype must be 'int8' when kv_offload is set, got {self.score_dtype!r}"
+            )
         if self.local_includes_block and self.block_size > self.num_local_tokens:
             raise ValueError(
                 f"num_local_tokens must be >= block_size ({self.block_size}) when local_includes_block is set, "
@@ -112,6 +119,14 @@ class TokenSelectConfig:
     def num_positions(self) -> int:
         """Positions that attended tokens can have."""
         return max(self.budget, self.num_dense_tokens)
+
+    @property
+    def num_resident_tokens(self) -> int:
+        """Tokens of a sequence whose keys and values stay on the GPU when they are offloaded.
+
+        Room for several selections, and for a context that is attended whole.
+        """
+        return max(4 * self.budget, self.num_positions)
 
     @property
     def budget(self) -> int:

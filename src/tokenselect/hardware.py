@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import sys
+import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +36,30 @@ def advise_huge_pages(tensor: Tensor) -> Tensor:
         length = (tensor.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
     return tensor
+
+
+def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised host memory that GPUs read and write by themselves; ordinary memory where there is none.
+
+    PyTorch's own pinned memory takes the next power of 2 of bytes, up to twice what is needed.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if not size or not torch.cuda.is_available():
+        return torch.empty(tuple(shape), dtype=dtype)
+    pages = mmap.mmap(-1, size)
+    room = (ctypes.c_char * size).from_buffer(pages)
+    memory = advise_huge_pages(torch.frombuffer(room, dtype=dtype))  # holds `room`, and that holds `pages`
+    runtime: Any = torch.cuda.cudart()
+    torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
+    weakref.finalize(room, _unpin, memory.data_ptr(), pages).atexit = False
+    return memory.view(tuple(shape))
+
+
+def _unpin(address: int, pages: mmap.mmap) -> None:
+    """Give memory back, `pages` after this; kernels that use it end first."""
+    torch.cuda.synchronize()
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(address)
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def kv_bytes(config: Any, num_tokens: int, dtype: torch.dtype) -> int:
 
 
 def context_bytes(config: Any, num_tokens: int, dtype: torch.dtype, settings: TokenSelectConfig | None = None) -> int:
-    """Bytes of everything that is kept of one sequence: keys, values, and what scoring reads.
+    """Bytes of everything that is kept of one sequence where the model runs: keys, values, and what scoring reads.
 
     Args:
         config: the model's Transformers config.
@@ -48,9 +48,11 @@ def context_bytes(config: Any, num_tokens: int, dtype: torch.dtype, settings: To
         settings: those of the selection; None: there is none.
 
     Returns:
-        `kv_bytes`, and for an int8 copy of the keys half a byte per byte of 16-bit keys and a scale.
+        `kv_bytes`, with `kv_offload` those of the resident rows alone, and for an int8 copy of the keys half a byte
+        per byte of 16-bit keys and a scale.
     """
-    total = kv_bytes(config, num_tokens, dtype)
+    offloaded = settings is not None and settings.kv_offload
+    total = kv_bytes(config, min(num_tokens, settings.num_resident_tokens) if offloaded else num_tokens, dtype)
     if settings is None or settings.score_dtype != "int8" or not settings.num_selected_tokens:
         return total
     if settings.covers(num_tokens, num_tokens):
@@ -76,7 +78,18 @@ def fits(
     config: Any, num_tokens: int, dtype: torch.dtype, device: torch.device, settings: TokenSelectConfig | None = None
 ) -> bool:
     """Whether there is memory for a context of so many tokens; arguments as in `check_memory`."""
-    return context_bytes(config, num_tokens, dtype, settings) <= _usable(device)
+    needs = _needs(config, num_tokens, dtype, device, settings)
+    return all(needed <= _usable(place) for place, needed in needs)
+
+
+def _needs(
+    config: Any, num_tokens: int, dtype: torch.dtype, device: torch.device, settings: TokenSelectConfig | None
+) -> list[tuple[torch.device, int]]:
+    """Bytes that a context takes on each device."""
+    needs = [(device, context_bytes(config, num_tokens, dtype, settings))]
+    if settings is not None and settings.kv_offload:
+        needs.append((torch.device("cpu"), kv_bytes(config, num_tokens, dtype)))
+    return needs
 
 
 def check_memory(
@@ -96,12 +109,12 @@ def check_memory(
     """
     if fits(config, num_tokens, dtype, device, settings):
         return
-    needed, usable = context_bytes(config, num_tokens, dtype, settings), _usable(device)
+    needs = _needs(config, num_tokens, dtype, device, settings)
+    needed, usable = next((needed, _usable(place)) for place, needed in needs if needed > _usable(place))
     low, high = 0, num_tokens  # the largest number of tokens that fits lies in [low, high)
     while high - low > 1:
         middle = (low + high) // 2
-        is_enough = context_bytes(config, middle, dtype, settings) <= usable
-        low, high = (middle, high) if is_enough else (low, middle)
+        low, high = (middle, high) if fits(config, middle, dtype, device, settings) else (low, middle)
     raise ValueError(
         f"{num_tokens:,} tokens need {readable(needed)} of memory for their keys and values and what scoring reads, "
         f"but {readable(usable)} can be used: {low:,} would fit; shorten the document or lower max_new_tokens"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from tokenselect.config import TokenSelectConfig
 from tokenselect.rotary import HostRotary
 
 _PROBE = "tokenselect_probe"
@@ -76,6 +77,18 @@ def inspect_model(model: nn.Module) -> Host:
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     num_kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return Host(decoder, text, attention, num_kv_heads, head_dim, text.max_position_embeddings)
+
+
+def check_offload(host: Host, config: TokenSelectConfig) -> None:
+    """Refuse to keep the cache of a model in host memory that runs there.
+
+    Raises:
+        ValueError: it does.
+    """
+    if config.kv_offload and host.device.type != "cuda":
+        raise ValueError(
+            f"kv_offload needs a model on a GPU, got one on {host.device}: move it there, or leave kv_offload out"
+        )
 
 
 def learn_rotary(host: Host, max_length: int) -> HostRotary:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,25 +59,35 @@ class Pass:
         batch, heads, own, dim = query.shape
         flat = query.transpose(1, 2).reshape(batch * own, heads, dim)
         real = flat if self.rows is None else flat[self.rows]
-        keys, values = layer.rows()
         slots, slot_start_loc = self._slots(layer, real, scale)
-        out = self.ops.sparse_attention(
-            real,
-            keys,
-            values,
-            self.query_start_loc,
-            slots,
-            slot_start_loc,
-            self.cos,
-            self.sin,
-            scale,
-            interleaved=self.interleaved,
-            softcap=softcap,
-            sink_logits=sinks,
-        )
+        extras = {"interleaved": self.interleaved, "softcap": softcap, "sink_logits": sinks}
+        if slots.shape[0] <= layer.most_rows:
+            starts = self.query_start_loc, slot_start_loc
+            out = self._attend_blocks(layer, real, slots, *starts, scale, extras)
+        else:
+            groups = _groups(self.query_start_loc, slot_start_loc, layer.most_rows)
+            parts = [
+                self._attend_blocks(layer, real[q[0] : q[-1]], slots[s[0] : s[-1]], q - q[0], s - s[0], scale, extras)
+                for q, s in groups
+            ]
+            out = torch.cat(parts)
         if self.rows is not None:
             out = torch.zeros_like(flat).index_copy_(0, self.rows, out)
         return out.view(batch, own, heads, dim)
+
+    def _attend_blocks(
+        self,
+        layer: RawKeyLayer,
+        queries: Tensor,
+        slots: Tensor,
+        query_start_loc: Tensor,
+        slot_start_loc: Tensor,
+        scale: float,
+        extras: dict[str, Any],
+    ) -> Tensor:
+        keys, values, rows = layer.attended_rows(slots)
+        starts = query_start_loc, rows, slot_start_loc
+        return self.ops.sparse_attention(queries, keys, values, *starts, self.cos, self.sin, scale, **extras)
 
     def _slots(self, layer: RawKeyLayer, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Rows of the cache that the blocks attend, one block after the other, and where each block's begin."""
@@ -87,7 +99,7 @@ class Pass:
         keys, *copy = layer.scoring_rows(self.padding)
         chosen = self.select(queries, keys, pages, self.plan, layer.states, self.config, self.ops, scale, *copy)
         if self.recorder is not None:
-            raw = layer.rows()[0]
+            raw = layer.raw_rows()
             done = Selected(queries, keys, pages, self.plan, layer.states, self.config, scale, raw, chosen, *copy)
             self.recorder.record(layer.index, done)
         return self._rows_of(pages, dict(zip(self.selecting, chosen, strict=True)), queries.device)
@@ -99,6 +111,17 @@ class Pass:
         ]
         start_loc = torch.tensor([0, *accumulate(part.shape[0] for part in rows)])
         return rows[0] if len(rows) == 1 else torch.cat(rows), start_loc
+
+
+def _groups(query_start_loc: Tensor, slot_start_loc: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Where queries and slots begin in groups of blocks that attend at most so many rows, and where the last end."""
+    starts = slot_start_loc.tolist()
+    first = 0
+    while first < len(starts) - 1:
+        last = bisect_right(starts, starts[first] + most) - 1
+        assert last > first, "a block attends more than there is room for"
+        yield query_start_loc[first : last + 1], slot_start_loc[first : last + 1]
+        first = last
 
 
 def plan_pass(

@@ -27,10 +27,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tokenselect.cache import Owner, RawKeyLayer
 from tokenselect.config import TokenSelectConfig
-from tokenselect.integrations.host import Host, inspect_model, learn_rotary
+from tokenselect.integrations.host import Host, check_offload, inspect_model, learn_rotary
 from tokenselect.integrations.passes import plan_pass
 from tokenselect.integrations.steps import Steps, quicken_linears
 from tokenselect.integrations.undo import override, put_back
+from tokenselect.offload import make_layer
 from tokenselect.ops import find_backend
 from tokenselect.selection import Select, select_tokens
 from tokenselect.trace.recorder import Recorder
@@ -54,7 +55,7 @@ class TokenSelect:
 
     Raises:
         NotImplementedError: the model cannot be served; the message names why.
-        ValueError: the budget is larger than the model's trained window.
+        ValueError: the budget is larger than the model's trained window, or a setting needs a GPU.
         BackendUnavailable: a backend asked for by name cannot run.
 
     Note:
@@ -78,6 +79,7 @@ class TokenSelect:
         self.host: Host = inspect_model(model)
         self.config = (config or TokenSelectConfig()).for_window(self.host.trained_window)
         self.config.check_window(self.host.trained_window)
+        check_offload(self.host, self.config)
         self.ops = find_backend(self.config.backend, self.host.device, self.host.dtype, self.host.head_dim)
         self.select: Select = select_tokens
         self.max_distance = self.config.max_distance or max(1, self.host.trained_window * 7 // 8)
@@ -225,9 +227,10 @@ class TokenSelect:
             owner.quantize, owner.center_tokens = self.ops.quantize_rows, self.config.center_tokens
         self._owners.add(owner)
         fresh: Any = DynamicCache(config=self.host.config).layers
+        resident = self.config.num_resident_tokens if self.config.kv_offload else None
         cache.layers = fresh or [None] * self.host.config.num_hidden_layers
         for index in self.host.attention:
-            cache.layers[index] = RawKeyLayer(owner, index)
+            cache.layers[index] = make_layer(owner, index, self.ops, resident)
         cache.layer_class_to_replicate = None
         return cache, owner
 

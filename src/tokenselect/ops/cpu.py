@@ -20,6 +20,8 @@ from torch import Tensor
 
 from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import Distances
+from tokenselect.ops.resident import claim_rows as claim_rows
+from tokenselect.ops.resident import move_rows as move_rows
 
 NAME = "cpu"
 

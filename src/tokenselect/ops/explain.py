@@ -84,7 +84,7 @@ def attention_mass(
         From 0 to 1, the mean over the heads, by a plain softmax: without soft cap and learned sinks.
     """
     end = int(attended[-1]) + 1
-    rows = pages.rows(keys, sequence, 0, end).transpose(0, 1)
+    rows = pages.rows(keys, sequence, 0, end).to(query.device).transpose(0, 1)
     rows = rotate(rows, cos[:end], sin[:end], interleaved)  # [Hkv, T, D]
     own = rotate(query, cos[end - 1], sin[end - 1], interleaved)
     logits = own.view(rows.shape[0], -1, own.shape[-1]) @ rows.transpose(1, 2) * scale  # [Hkv, G, T]

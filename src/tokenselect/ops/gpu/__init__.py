@@ -65,6 +65,22 @@ def quantize_into(
     integers[into], scales[into] = quantize_rows(rows[tokens].float() - centers[owners])
 
 
+def claim_rows(slots: Tensor, places: Tensor, holders: Tensor, used: Tensor, now: int) -> tuple[Tensor, Tensor]:
+    """See `ops.resident.claim_rows`."""
+    from tokenselect.ops.gpu.resident import claim_rows as claim
+
+    return claim(slots, places, holders, used, now)
+
+
+def move_rows(
+    keys: Tensor, values: Tensor, sources: Tensor, targets: Tensor, key_rows: Tensor, value_rows: Tensor
+) -> None:
+    """See `ops.resident.move_rows`."""
+    from tokenselect.ops.gpu.resident import move_rows as move
+
+    move(keys, values, sources, targets, key_rows, value_rows)
+
+
 def score_tokens(
     queries: Tensor,
     keys: Tensor,
