@@ -34,7 +34,7 @@ demo: $(VENV)/.package $(VENV)/.data  ## find facts in documents twice as long a
 test-gpu:  ## the Triton kernels and the offloaded cache, tested on the GPU itself
 	PYTHONPATH=src $(PYTHON) -m pytest tests/ops/test_gpu.py tests/ops/test_resident.py tests/test_offload.py
 
-bench-gpu:  ## attention of one layer on the GPU against the best dense kernel: about a minute and a half
+bench-gpu:  ## one layer's attention and a 7B-shaped model on the GPU against dense attention: about five minutes
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
 
 test: $(VENV)/.package $(VENV)/.data

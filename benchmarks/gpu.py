@@ -7,7 +7,7 @@ mixed, or at one distance where a phase is marked so. Every time is that of a ca
 it; short contexts rotate over several caches, so that none is read from the L2 cache. Dense attention is given
 rotated keys; ours pools, scores, selects, gathers, rotates and attends. "int8" scores by an int8 copy of the keys
 that exists already. Before anything is timed, results are compared with the definition. Rows go to results/gpu.csv,
-the plot to results/gpu.png, and the last line printed is JSON.
+the plot to results/gpu.png. A whole 7B-shaped model follows (benchmarks/gpu_model.py); the last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks import gpu_model
 from benchmarks.report import RESULTS, append_rows
 from tokenselect.config import TokenSelectConfig
 from tokenselect.ops import gpu, reference
@@ -229,7 +230,8 @@ def main() -> None:
     table_rows = [{name: row.get(name, "") for name in columns} for row in found]
     append_rows("gpu", table_rows, DEVICE)
     plot(table_rows)
-    print(json.dumps({"copy_gb_per_s": round(copied), "ratios": summary(table_rows)}))
+    model_rows = gpu_model.run()
+    print(json.dumps({"copy_gb_per_s": round(copied), "ratios": summary(table_rows), "model": model_rows}))
 
 
 def rows_of(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from benchmarks import results_of, serving_report
+from benchmarks import gpu_report, results_of, serving_report
 from benchmarks.losses import losses
 from benchmarks.must_hold import PAPER, checks
 from benchmarks.results_of import Operation, Row, Time
@@ -70,7 +70,7 @@ def render() -> str | None:
     if device is None:
         return None
     parts = [_INTRO.format(device=device, threads=results_of.THREADS), _promises()]
-    parts += filter(None, (_operations(), _blocks(), _latency(), _short(), _serving(), _losses(), _origins()))
+    parts += filter(None, (_operations(), _blocks(), _latency(), _short(), _serving(), _gpu(), _losses(), _origins()))
     return "\n".join(parts)
 
 
@@ -235,6 +235,10 @@ def _short() -> str:
 
 def _serving() -> str:
     return serving_report.section(table, _number)
+
+
+def _gpu() -> str:
+    return gpu_report.section(table, _number)
 
 
 def _losses() -> str:

@@ -69,9 +69,7 @@ class TokenSelectConfig:
         if self.smoothing_window % 2 == 0:
             raise ValueError(f"smoothing_window must be odd, got {self.smoothing_window}")
         if self.kv_offload and self.score_dtype != "int8":
-            raise ValueError(
-                f"score_dtype must be 'int8' when kv_offload is set, got {self.score_dtype!r}"
-            )
+            raise ValueError(f"score_dtype must be 'int8' when kv_offload is set, got {self.score_dtype!r}")
         if self.local_includes_block and self.block_size > self.num_local_tokens:
             raise ValueError(
                 f"num_local_tokens must be >= block_size ({self.block_size}) when local_includes_block is set, "

@@ -90,7 +90,9 @@ def _norm_around(rsqrt: fx.Node, known: dict[fx.Node, Tensor]) -> tuple[fx.Node,
 
 
 def join_linears(graph: fx.Graph) -> None:
-    """Two or three linear layers of the same input are one operation."""
+    """Two or three linear layers of the same input are one operation, where the native kernels are there."""
+    if not hasattr(torch.ops.tokenselect, "linear"):
+        return
     linear = torch.ops.tokenselect.linear.default
     by_input: dict[Any, list[Any]] = {}
     for node in graph.nodes:

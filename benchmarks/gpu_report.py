@@ -1,0 +1,90 @@
+"""What results/gpu.csv and results/gpu_model.csv say: part of docs/performance.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from benchmarks.report import read_rows
+from benchmarks.results_of import Row
+
+Table = Callable[..., str]
+Number = Callable[[float], str]
+
+_PHASES = {
+    "block bf16": "512-token block, mixed scoring, bf16 keys",
+    "block int8": "... int8 copy (the default)",
+    "block bf16, one distance": "512-token block, one distance, bf16 keys",
+    "block int8, one distance": "... int8 copy",
+    "step bf16": "decode step, mixed, bf16 keys",
+    "step int8": "... int8 copy (the default)",
+    "step int8, one distance": "... int8 copy, one distance",
+    "step hit": "decode step, Selection Cache hit",
+}
+_MODES = ("block bf16", "step bf16")  # the first of each is preceded by the dense kernel's time
+_LAYER = """## On a GPU
+
+{device}, torch {torch}, Transformers {transformers}; commit {commit}, {when}, `{command}`.
+
+Attention of one layer, selection included, k = 2,048, times of captured CUDA graphs: how many times faster than the
+best dense kernel that PyTorch has (cuDNN's or FlashAttention), whose times in microseconds come first. A copy moves
+{copy} GB/s, bytes read and written.
+
+![times faster than dense, by context](../benchmarks/results/gpu.png)
+"""
+_MODEL = """### A whole model
+
+{shape}'s shape at random weights in bf16 ({weights} GB), default settings, one sequence, the Transformers integration;
+{device}, torch {torch}, Transformers {transformers}; commit {commit}, {when}, `{command}`. Dense is the model as
+Transformers runs it: SDPA over its DynamicCache, the prompt in one pass. Memory is what torch had allocated on the GPU,
+weights included: at its peak while the prompt is read, and after it. Rows are keys and values of one token and layer
+that a written token brings in from host memory; random weights select other tokens every time, real ones fewer. With
+Selection Cache all steps share a selection (`reuse_threshold=0`): what it can save at the most.
+"""
+
+
+def section(table: Table, number: Number) -> str:
+    """The part of the page; empty where nothing was measured on a GPU."""
+    layer, model = _latest(read_rows("gpu")), _latest(read_rows("gpu_model"))
+    parts = [_layer(layer, table, number)] if layer else []
+    return "\n".join(parts + ([_model(model, table)] if model else []))
+
+
+def _latest(rows: list[Row]) -> list[Row]:
+    """Those of the last run."""
+    last = [(row["when"], row["commit"], row["device"]) for row in rows[-1:]]
+    return [row for row in rows if (row["when"], row["commit"], row["device"]) in last]
+
+
+def _layer(rows: list[Row], table: Table, number: Number) -> str:
+    copied = next(row["gb_per_s"] for row in rows if row["phase"] == "copy")
+    parts = [_LAYER.format(copy=copied, **rows[0])]
+    for shape in dict.fromkeys(row["shape"] for row in rows if row["shape"]):
+        own = [row for row in rows if row["shape"] == shape]
+        lengths = sorted({int(row["length"]) for row in own})
+        found = {(row["phase"], int(row["length"])): row for row in own}
+        head = [shape, *(f"{length // 1024}K" for length in lengths)]
+        parts.append(table(head, _layer_rows(found, lengths, number)))
+    return "\n".join(parts)
+
+
+def _layer_rows(found: dict[tuple[str, int], Row], lengths: list[int], number: Number) -> Iterator[list[str]]:
+    for phase, title in _PHASES.items():
+        if phase in _MODES:
+            kind = phase.split()[0]
+            dense = [
+                min(float(found[f"{kind} dense {name}", n]["p50_us"]) for name in ("flash", "cudnn")) for n in lengths
+            ]
+            yield [f"dense {kind}, us", *map(number, dense)]
+        yield [title, *(f"{found[phase, n]['against_dense']}x" if (phase, n) in found else "" for n in lengths)]
+
+
+def _model(rows: list[Row], table: Table) -> str:
+    head = ("tokens", "method", "prompt, s", "tokens/s", "decode, ms", "peak, GB", "after, GB", "rows a token")
+    text = _MODEL.format(weights=rows[0]["weights_gb"], **rows[0])
+    return text + "\n" + table(head, map(_model_row, rows), text_columns=2)
+
+
+def _model_row(row: Row) -> Iterable[str]:
+    names = ("prefill_s", "prefill_tokens_per_s", "decode_p50_ms", "peak_gb", "kept_gb", "rows_brought")
+    seconds, speed, *rest = (row[name] for name in names)
+    return [f"{int(row['length']):,}", row["method"], seconds, f"{int(speed):,}", *rest]
