@@ -269,6 +269,26 @@ def test_attention_of_blocks_of_any_size(own: int, length: int, dtype: torch.dty
     check_attention(block_case(own, length, dtype))
 
 
+@pytest.mark.parametrize("dtype", ATTENTION, ids=shapes)
+@pytest.mark.parametrize("sink", [None, -30.0, 25.0])
+@pytest.mark.parametrize(("first", "last"), [(-20, 40), (40, -20), (0, 200)], ids=shapes)
+def test_attention_whose_logits_grow_or_fall(dtype: torch.dtype, sink: float | None, first: int, last: int) -> None:
+    """What was summed before a larger logit came must count for less after it, within a chunk and between chunks."""
+    case = block_case(60, 700, dtype)
+    case.cos, case.sin = torch.ones_like(case.cos), torch.zeros_like(case.sin)
+    case.queries = torch.zeros_like(case.queries)
+    case.queries[..., 0] = 8.0  # the scale is 1 / 8: a key's first number is its logit
+    case.queries[..., 1] = torch.randn(60, 9)
+    steps = torch.linspace(first, last, 700).to(dtype)
+    keys = case.cache.keys
+    rows = case.cache.pages.slots(0, torch.tensor(case.blocks[0][1]))
+    keys[rows, :, 0] = steps[:, None]
+    case.options = {"sink_logits": None if sink is None else torch.full((9,), sink)}
+    ours = case.run(cpu)
+    case.queries, case.cache.keys, case.cache.values = case.queries.float(), keys.float(), case.cache.values.float()
+    torch.testing.assert_close(ours.float(), case.run(), atol=ATTENTION[dtype], rtol=0)
+
+
 def test_queries_of_no_block_get_zeros() -> None:
     case = sparse_case()
     case.queries = torch.cat((case.queries, torch.full((2, 6, 16), float("nan"))))
