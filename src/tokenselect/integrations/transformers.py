@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tokenselect.cache import Owner, RawKeyLayer
 from tokenselect.config import TokenSelectConfig
+from tokenselect.hardware import keep_freed_memory
 from tokenselect.integrations.host import Host, check_offload, inspect_model, learn_rotary
 from tokenselect.integrations.passes import plan_pass
 from tokenselect.integrations.steps import Steps, quicken_linears
@@ -90,6 +91,7 @@ class TokenSelect:
         if self.host.decoder in _ENABLED:
             raise RuntimeError("TokenSelect is enabled on this model already: leave it first")
         self.rotary = learn_rotary(self.host, self.config.num_positions)
+        keep_freed_memory(self.host.device)
         with ExitStack() as stack:  # undone here too if a step fails
             self._identity = self.rotary.identity(self.host.dtype)
             stack.enter_context(_attention_name(self.host.config))
