@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, PreTrainedModel, Qwen2Config
 from transformers.models.auto import AutoModelForCausalLM
 
@@ -96,6 +97,16 @@ def write(model: PreTrainedModel, token: Tensor, cache: DynamicCache) -> tuple[l
     return times, brought
 
 
+@torch.no_grad()
+def device_ms(model: PreTrainedModel, token: Tensor, cache: DynamicCache) -> float:
+    """Milliseconds that the kernels of one more step take, whatever the host does in between."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step(model, token, cache)
+        torch.cuda.synchronize()
+    events = [event for event in profiled.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(float(event.self_device_time_total) for event in events) / 1e3
+
+
 def _holders(cache: DynamicCache) -> list[Tensor]:
     """Which rows the device has copies of, by layer."""
     layers = [layer for layer in cache.layers if isinstance(layer, OffloadedLayer)]
@@ -112,7 +123,8 @@ def measure(model: PreTrainedModel, length: int) -> Iterator[dict[str, object]]:
             cache, token, seconds = read(model, ids)
             peak, kept = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
             times, brought = write(model, token, cache)
-        yield _row(method, length, seconds, times, peak, kept, brought)
+            kernels = device_ms(model, token, cache)
+        yield _row(method, length, seconds, times, peak, kept, brought) | {"step_kernels_ms": round(kernels, 2)}
         del cache, token
         _free(lambda: None)
 

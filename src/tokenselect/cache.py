@@ -90,6 +90,12 @@ class _Int8Copy:
             owner.quantize(read(i, new.start, length).transpose(0, 1), self.center[i], into)
             self.lengths[i] = length
 
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Integers [num_rows, Hkv, D] and scales [num_rows, Hkv] as rows of a paged cache, and the center."""
+        batch, heads, capacity = self.scales.shape
+        scales = self.scales.as_strided(((batch * heads - heads + 1) * capacity, heads), (1, capacity))
+        return _as_rows(self.integers), scales, self.center
+
     def take(self, rows: Tensor) -> _Int8Copy:
         """The copies of some of the sequences."""
         chosen = rows.tolist()
@@ -231,9 +237,49 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         if own.copy is None or own.copy.integers.shape != own.keys.shape:
             own.copy = _Int8Copy.like(own.keys, self.device)
         own.copy.update(self._read, own.length, padding, self.owner)
-        batch, heads, capacity = own.copy.scales.shape
-        scales = own.copy.scales.as_strided(((batch * heads - heads + 1) * capacity, heads), (1, capacity))
-        return _as_rows(own.copy.integers), scales, own.copy.center
+        return own.copy.rows()
+
+    # -- a step of one token that the device writes by itself (integrations.steady) -----------------------------------
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a sequence that there is room for."""
+        return 0 if self._own is None else self._own.keys.shape[2]
+
+    def takes_one_more(self) -> bool:
+        """Make room for a token of a single sequence, and say whether all before it are as scoring reads them."""
+        own = self._own
+        if own is None or own.keys.shape[0] != 1:
+            return False
+        self._grow(own, own.length + 1)
+        return self.owner.quantize is None or (
+            own.copy is not None
+            and own.copy.integers.shape == own.keys.shape
+            and own.copy.lengths == [own.length]
+            and own.copy.padding == [0]
+        )
+
+    def scored_rows(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `scoring_rows`, of what there is."""
+        assert self._own is not None
+        return (_as_rows(self._own.keys), None, None) if self._own.copy is None else self._own.copy.rows()
+
+    def places(self) -> list[Tensor]:
+        """What a step reads and writes: while these stay where they are, it may be repeated as it was."""
+        return [part for part in (*self.rows(), *self.scored_rows()) if part is not None]
+
+    def count_one(self, num_attended: int) -> None:
+        """Note that the device wrote a token, whose query attended so many."""
+        own = self._own
+        assert own is not None
+        own.length += 1
+        if own.copy is not None:
+            own.copy.lengths = [own.length]
+        state = own.states[0]
+        state.forget()
+        state.served = None
+        state.attended += num_attended
+        state.available += own.length
 
     def _read(self, sequence: int, start: int, end: int) -> Tensor:
         """Raw keys [Hkv, end - start, D] of a sequence, padding counted, on the device."""

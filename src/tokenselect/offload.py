@@ -37,7 +37,7 @@ class Residents:
         self.places = torch.full((num_slots + 1,), ABSENT, **count)  # type: ignore[call-overload]
         self.holders = torch.full((num_rows + 1,), num_slots, **count)  # type: ignore[call-overload]
         self.used = torch.zeros(num_rows + 1, **count)  # type: ignore[call-overload]
-        self.clock = 0
+        self.clock = torch.ones(1, **count)  # type: ignore[call-overload]
 
     def bring(self, slots: Tensor) -> Tensor:
         """Copy those of the rows `slots` [n] that are missing; at most as many as there is room for.
@@ -45,7 +45,6 @@ class Residents:
         Returns:
             [n] int64, where they are in `keys` and `values`.
         """
-        self.clock += 1
         rows, targets = self.ops.claim_rows(slots, self.places, self.holders, self.used, self.clock)
         self.ops.move_rows(*self.cache, slots, targets, self.keys, self.values)
         return rows
@@ -99,6 +98,12 @@ class OffloadedLayer(RawKeyLayer):
             self._residents = Residents(*self.rows(), self.most_rows, self.device, self.ops)
         rows = self._residents.bring(slots)
         return self._residents.keys, self._residents.values, rows
+
+    def places(self) -> list[Tensor]:
+        """See `RawKeyLayer.places`."""
+        kept = self._residents
+        mine = [] if kept is None else [kept.keys, kept.values, kept.places, kept.holders, kept.used, kept.clock]
+        return [*super().places(), *mine]
 
     def reset(self) -> None:
         """Forget everything."""

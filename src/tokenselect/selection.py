@@ -131,7 +131,7 @@ def plan_selection(
     starts = torch.tensor([block.start for block in blocks], device=device)
     distances = []
     if config.scoring in ("mix", "position_free"):
-        distances.append(_one_distance(len(blocks), config.num_local_tokens, table))
+        distances.append(one_distance(len(blocks), config.num_local_tokens, table))
     if config.scoring in ("mix", "distance"):
         distances.append(_bucketed(starts, spans, config.distance_bucket_size, max_distance, table))
     sequences = torch.tensor([block.sequence for block in blocks], device=device)
@@ -288,7 +288,7 @@ def _smooth(votes: Tensor, start_loc: Tensor, width: int) -> Tensor:
     return torch.cat([pool(part[None], width, 1, width // 2)[0] for part in parts])
 
 
-def _one_distance(num_blocks: int, distance: int, table: RotaryTable) -> Distances:
+def one_distance(num_blocks: int, distance: int, table: RotaryTable) -> Distances:
     """Every key as if it stood just outside the local window."""
     angle = table.frequencies * distance
     cos, sin = (part.float().expand(num_blocks, -1) for part in (angle.cos(), angle.sin()))

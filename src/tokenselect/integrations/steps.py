@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tokenselect.integrations.captured import Captured, Shared
 from tokenselect.integrations.rewrites import constants, fuse_norms, join_linears, leave_out_rotation
 from tokenselect.integrations.undo import override, own_of
 
@@ -87,12 +88,14 @@ class Steps:
 
     identity: tuple[Tensor, Tensor]
     ops: Any
-    _bound: dict[Any, Bound | None] = field(default_factory=dict)
+    _bound: dict[Any, Bound | Captured | None] = field(default_factory=dict)
+    _captured: dict[Any, Captured] = field(default_factory=dict)
+    _shared: Shared = field(default_factory=Shared)
     _traced: dict[Any, Program | None] = field(default_factory=dict)
 
     def find(
         self, index: int, layer: nn.Module, forward: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]
-    ) -> Bound | None:
+    ) -> Bound | Captured | None:
         """What runs layer `index` on contiguous `hidden` [B, T, hidden_size]; None: the layer must run itself."""
         flags = tuple((name, value if isinstance(value, _PLAIN) else type(value)) for name, value in kwargs.items())
         form = (_form(hidden), flags)
@@ -100,8 +103,18 @@ class Steps:
             bound = self._bound[index, form]
         except KeyError:
             with _RECORDING:
-                bound = self._bound[index, form] = self._trace(index, layer, forward, hidden, kwargs, form)
+                bound = self._trace(index, layer, forward, hidden, kwargs, form)
+                if bound is not None and hidden.is_cuda and hidden.shape[1] == 1:
+                    bound = self._capture(index, form, bound)
+                self._bound[index, form] = bound
         return None if bound is None or any(bound.hooks) else bound
+
+    def _capture(self, index: int, form: tuple[Any, ...], bound: Bound) -> Captured:
+        """A decode step's program as graphs: those that there are, if the weights are the same."""
+        known = self._captured.get((index, form))
+        if known is None or not known.serves(bound):
+            known = self._captured[index, form] = Captured(bound, self._shared)
+        return known
 
     def forget_weights(self) -> None:
         """Look at the layers anew: they may have been changed. What was recorded of layers like them stays."""

@@ -10,7 +10,7 @@ import functools
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
 from itertools import pairwise
@@ -30,6 +30,7 @@ from tokenselect.config import TokenSelectConfig
 from tokenselect.hardware import keep_freed_memory
 from tokenselect.integrations.host import Host, check_offload, inspect_model, learn_rotary
 from tokenselect.integrations.passes import plan_pass
+from tokenselect.integrations.steady import SteadyPass, SteadySteps
 from tokenselect.integrations.steps import Steps, quicken_linears
 from tokenselect.integrations.undo import override, put_back
 from tokenselect.offload import make_layer
@@ -97,6 +98,7 @@ class TokenSelect:
             stack.enter_context(_attention_name(self.host.config))
             put_back(stack, self.host.decoder.rotary_emb)
             self._steps = Steps(self._identity, self.ops)
+            self._steady = SteadySteps(self.config, self.ops, self.max_distance)
             for index, module in self.host.attention.items():
                 override(stack, module, "forward", functools.partial(self._attention, index))
                 layer = self.host.decoder.layers[index]
@@ -163,23 +165,29 @@ class TokenSelect:
             for start, end in chunks:
                 is_frequent = length == 1 or shapes[end - start] >= _WORTH_TRACING
                 owner.traced = is_frequent and not torch.is_autocast_enabled(inputs.device.type)
-                owner.plan = self._plan(padding, start, end, past + length)
+                owner.plan = self._plan(cache.layers, padding, start, end, past + length)
                 outputs.append(original(**_slice_inputs(kwargs, past, start, end)))
                 if self.on_prefill and length > 1:
                     self.on_prefill(end - past, length)
         finally:
+            if isinstance(owner.plan, SteadyPass):
+                self._steady.lock.release()
             owner.plan = None
         merged = _merge(outputs, cache if keeps_cache else None)
         return merged.to_tuple() if as_tuple else merged
 
-    def _plan(self, padding: list[int], start: int, end: int, total: int) -> Any:
+    def _plan(self, layers: Sequence[Any], padding: list[int], start: int, end: int, total: int) -> Any:
         config, prompt_end = self.config, _PROMPT_END.get() or total
         is_prompt = total - start > 1 or end - start > 1
         tail = prompt_end - config.num_tail_tokens if is_prompt else total
         known = max(total, prompt_end)
         table = self.rotary.table(max(config.num_attended(known - pad) for pad in padding))
         own, lengths, watched = (padding, start, end - start), (tail, known), (self.select, self.recorder)
-        return plan_pass(config, self.ops, table, self.max_distance, *own, *lengths, *watched)
+        make = functools.partial(plan_pass, config, self.ops, table, self.max_distance, *own, *lengths, *watched)
+        steady = None
+        if end - start == 1 and self.recorder is None and self.select is select_tokens:
+            steady = self._steady.begin(layers, padding, start, known, table, make)
+        return steady or make()
 
     def _chunks(self, start: int, end: int) -> list[tuple[int, int]]:
         """Cut a pass where blocks begin; the first piece holds all that needs no selection."""

@@ -12,7 +12,7 @@ from torch import Tensor
 ABSENT = -(2**31)  # place of a slot that has no row
 
 
-def claim_rows(slots: Tensor, places: Tensor, holders: Tensor, used: Tensor, now: int) -> tuple[Tensor, Tensor]:
+def claim_rows(slots: Tensor, places: Tensor, holders: Tensor, used: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
     """Give every slot a row, in place of those used longest ago, of which none is one that is asked for now.
 
     Args:
@@ -21,7 +21,8 @@ def claim_rows(slots: Tensor, places: Tensor, holders: Tensor, used: Tensor, now
             Written to, as `holders` and `used`.
         holders: [num_rows + 1] int32, the slot of each row, `num_slots` where it is free; the last row is nobody's.
         used: [num_rows + 1] int32, when each row was last asked for; 0: never.
-        now: larger than all of `used`.
+        now: [1] int32 > 0, not less than any of `used`; one more when this returns. It counts on the device, so that a
+            CUDA graph may hold the call.
 
     Returns:
         rows: [n] int64, where each slot's row is.
@@ -42,6 +43,7 @@ def claim_rows(slots: Tensor, places: Tensor, holders: Tensor, used: Tensor, now
     places[torch.where(is_new, slots, nobody)] = targets.int()
     holders[targets] = slots.int()
     used[targets] = now
+    now += 1
     return places[slots].long(), torch.where(is_new, targets, -1)
 
 

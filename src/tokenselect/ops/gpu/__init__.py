@@ -65,7 +65,7 @@ def quantize_into(
     integers[into], scales[into] = quantize_rows(rows[tokens].float() - centers[owners])
 
 
-def claim_rows(slots: Tensor, places: Tensor, holders: Tensor, used: Tensor, now: int) -> tuple[Tensor, Tensor]:
+def claim_rows(slots: Tensor, places: Tensor, holders: Tensor, used: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
     """See `ops.resident.claim_rows`."""
     from tokenselect.ops.gpu.resident import claim_rows as claim
 

@@ -158,14 +158,35 @@ def attended_slots(
     k, device = chosen.shape[1], chosen.device
     lengths = [num_sinks + k + end - window for window, end in zip(windows, ends, strict=True)]
     start_loc = list(accumulate(lengths, initial=0))
-    slots = torch.empty(start_loc[-1], dtype=torch.int64, device=device)
     rows = zip(sequences, windows, start_loc[:-1], lengths, strict=True)
-    write_slots[len(lengths), triton.cdiv(max(lengths), _SLOTS_AT_ONCE)](
-        chosen, on_device([at for row in rows for at in row], device), pages.pages, on_device(pages.padding, device),
-        slots, pages.page_size, pages.pages.stride(0), num_sinks, k, num_sinks,
+    blocks = on_device([at for row in rows for at in row], device)
+    return slots_to_attend(chosen, pages, blocks, start_loc[-1], num_sinks, max(lengths)), start_loc
+
+
+def slots_to_attend(
+    chosen: Tensor, pages: PageTable, blocks: Tensor, total: int, num_sinks: int, longest: int | None = None
+) -> Tensor:
+    """`attended_slots` where the device knows the blocks.
+
+    Args:
+        chosen: [num_blocks, k] int64.
+        pages: where each sequence's tokens lie.
+        blocks: [4 * num_blocks] int64; of each its sequence, window, where its slots begin and how many it has.
+        total: slots of all blocks.
+        num_sinks: first tokens, always attended.
+        longest: the most slots of a block; `total` where not given.
+
+    Returns:
+        [total] int64.
+    """
+    device = chosen.device
+    slots = torch.empty(total, dtype=torch.int64, device=device)
+    write_slots[chosen.shape[0], triton.cdiv(total if longest is None else longest, _SLOTS_AT_ONCE)](
+        chosen, blocks, pages.pages, on_device(pages.padding, device),
+        slots, pages.page_size, pages.pages.stride(0), num_sinks, chosen.shape[1], num_sinks,
         ONE_PAGE=pages.pages.shape[1] == 1, AT_ONCE=_SLOTS_AT_ONCE, num_warps=4, **overlap(device),
     )  # fmt: skip
-    return slots, start_loc
+    return slots
 
 
 @triton.jit

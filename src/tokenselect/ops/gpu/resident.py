@@ -20,14 +20,14 @@ _AT_HAND = 4096  # slots or rows that the one program which makes room holds
 _ABSENT = tl.constexpr(ABSENT)
 
 
-@triton.jit(do_not_specialize=["now", "n"])
+@triton.jit(do_not_specialize=["n"])
 def find_rows(slots, places, used, now, n, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr):
     """Grid [pieces of AT_ONCE slots]: rows that are there are used now; of equal slots without one the first claims."""
     after_predecessor(OVERLAP)
     i = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
     slot = tl.load(slots + i, mask=i < n, other=0)
     row = tl.load(places + slot, mask=i < n, other=0)
-    tl.store(used + row, now, mask=(i < n) & (row >= 0))
+    tl.store(used + row, tl.load(now), mask=(i < n) & (row >= 0))
     tl.atomic_max(places + slot, -2 - i, mask=(i < n) & (row < 0), sem="relaxed")
 
 
@@ -46,12 +46,13 @@ def _used(used, at, num_rows, AT_HAND: tl.constexpr):
     return r, tl.load(used + r, mask=r < num_rows, other=0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["now", "n"])
+@triton.jit(do_not_specialize=["n"])
 def make_room(
     slots, places, holders, used, free, targets, now, n, num_rows, AT_HAND: tl.constexpr, OVERLAP: tl.constexpr
 ):
     """Grid [1]: the rows used longest ago, as many as are missing, and who gets them."""
     after_predecessor(OVERLAP)
+    clock = tl.load(now)
     missing = 0
     for at in range(0, n, AT_HAND):
         i, slot, is_new = _claims(slots, places, at, n, AT_HAND)
@@ -61,7 +62,7 @@ def make_room(
         return
 
     # The least time up to which enough rows were used last; of those used just then the first ones go.
-    low, high, before = 0, now, 0
+    low, high, before = 0, clock, 0
     while low < high:
         middle = low + (high - low) // 2
         found = 0
@@ -95,19 +96,21 @@ def make_room(
         tl.store(places + slot, row, mask=is_new)
         tl.store(targets + i, row.to(tl.int64), mask=is_new)
         tl.store(holders + row, slot.to(tl.int32), mask=is_new)
-        tl.store(used + row, tl.full([AT_HAND], 0, tl.int32) + now, mask=is_new)
+        tl.store(used + row, tl.full([AT_HAND], 0, tl.int32) + clock, mask=is_new)
 
 
 @triton.jit(do_not_specialize=["n"])
-def read_rows(slots, places, rows, n, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr):
-    """Grid [pieces of AT_ONCE slots]: where each slot's row is."""
+def read_rows(slots, places, rows, now, n, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr):
+    """Grid [pieces of AT_ONCE slots]: where each slot's row is; then time passes."""
     after_predecessor(OVERLAP)
+    if tl.program_id(0) == 0:
+        tl.store(now, tl.load(now) + 1)
     i = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
     row = tl.load(places + tl.load(slots + i, mask=i < n, other=0), mask=i < n, other=0)
     tl.store(rows + i, row.to(tl.int64), mask=i < n)
 
 
-def claim_rows(slots: Tensor, places: Tensor, holders: Tensor, used: Tensor, now: int) -> tuple[Tensor, Tensor]:
+def claim_rows(slots: Tensor, places: Tensor, holders: Tensor, used: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
     """See `ops.resident.claim_rows`; which of the rows used longest ago a slot gets may differ."""
     n, num_rows, device = slots.shape[0], holders.shape[0] - 1, slots.device
     rows, targets = torch.empty((2, n), dtype=torch.int64, device=device)
@@ -119,7 +122,7 @@ def claim_rows(slots: Tensor, places: Tensor, holders: Tensor, used: Tensor, now
     make_room[1,](
         slots, places, holders, used, free, targets, now, n, num_rows, AT_HAND=_AT_HAND, num_warps=16, **options
     )  # fmt: skip
-    read_rows[grid](slots, places, rows, n, AT_ONCE=_FOUND_AT_ONCE, num_warps=4, **options)
+    read_rows[grid](slots, places, rows, now, n, AT_ONCE=_FOUND_AT_ONCE, num_warps=4, **options)
     return rows, targets
 
 

@@ -61,11 +61,12 @@ def score_tokens(
     context: Tensor | None = None,
     key_scales: Tensor | None = None,
     key_center: Tensor | None = None,
+    spans: Spans | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.reference.score_tokens`."""
+    """See `ops.reference.score_tokens`; `spans` where they, or bounds of them, are known without asking the device."""
     candidates = candidates.contiguous()
     context = candidates if context is None else context.contiguous()
-    spans = _spans(sequences, candidates, context, pages)
+    spans = _spans(sequences, candidates, context, pages) if spans is None else spans
     votes = torch.empty(spans.num_votes, dtype=torch.float32, device=keys.device)
     call = _Call(
         queries.contiguous(),

@@ -1,0 +1,242 @@
+"""Decode steps as CUDA graphs: the same tokens as without, whatever happens to the cache and the weights."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, PreTrainedModel
+from transformers.models.auto import AutoModelForCausalLM
+
+from tokenselect.config import TokenSelectConfig
+from tokenselect.integrations.captured import Captured
+from tokenselect.integrations.steady import SteadyPass
+from tokenselect.integrations.steps import Steps
+from tokenselect.integrations.transformers import TokenSelect
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+NARROW = TokenSelectConfig(
+    num_sink_tokens=2,
+    num_local_tokens=8,
+    num_selected_tokens=8,
+    block_size=8,
+    num_tail_tokens=4,
+    prefill_chunk_size=96,
+    num_dense_tokens=0,
+)
+CONFIGS = {
+    "selecting": NARROW,
+    "bf16 keys": NARROW.replace(score_dtype="same"),
+    "one distance": NARROW.replace(scoring="position_free"),
+    "by distance": NARROW.replace(scoring="distance"),
+    "block in window": NARROW.replace(local_includes_block=True),
+    "caching": NARROW.replace(reuse_threshold=0.5),
+    "whole at first": NARROW.replace(num_dense_tokens=70),
+    "covered": NARROW.replace(num_selected_tokens=180),
+    "offloaded": NARROW.replace(kv_offload=True),
+}
+STEADY = ("selecting", "offloaded", "bf16 keys", "one distance", "by distance", "block in window", "whole at first")
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 96,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+SLIDING = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def build(config: Any) -> PreTrainedModel:
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(config).eval().cuda()
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return build(LlamaConfig(**SIZES))
+
+
+def prompt(length: int, batch: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.stack([torch.randperm(510, generator=generator)[:length] + 2 for _ in range(batch)]).cuda()
+
+
+@torch.no_grad()
+def written(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, steps: int) -> Tensor:
+    """Logits [steps, batch, vocabulary] of tokens that follow, given the same ones whatever the logits say."""
+    out = [model(ids, past_key_values=cache).logits[:, -1]]
+    given = torch.arange(3, 3 + steps, device="cuda").expand(ids.shape[0], -1)
+    out += [model(given[:, i : i + 1], past_key_values=cache).logits[:, -1] for i in range(steps)]
+    return torch.stack(out)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often graphs were replayed, and of how many steps the plan was a steady one."""
+    counts = {"graphs": 0, "steady": 0}
+    replay, layer = torch.cuda.CUDAGraph.replay, SteadyPass.layer
+
+    def counted_replay(self: Any) -> None:
+        counts["graphs"] += 1
+        replay(self)
+
+    def counted_layer(self: Any, own: Any) -> Any:
+        counts["steady"] += 1
+        return layer(self, own)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted_replay)
+    monkeypatch.setattr(SteadyPass, "layer", counted_layer)
+    return counts
+
+
+def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graphs, and every step planned as ever."""
+    monkeypatch.setattr(Steps, "_capture", lambda self, index, form, bound: bound)
+    monkeypatch.setattr(Captured, "__call__", None)
+    from tokenselect.integrations.steady import SteadySteps
+
+    monkeypatch.setattr(SteadySteps, "begin", lambda *args: None)
+
+
+def check(made: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(made, expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_same_logits(
+    model: PreTrainedModel, name: str, batch: int, seen: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TokenSelect(model, CONFIGS[name]):
+        made = written(model, DynamicCache(), prompt(60, batch), 20)
+    steady = name in STEADY and batch == 1
+    assert (seen["steady"] > 0) == steady
+    assert seen["graphs"] >= (2 * 2 if steady else 2 * 2 * 15)
+    plainly(monkeypatch)
+    with TokenSelect(model, CONFIGS[name]):
+        check(made, written(model, DynamicCache(), prompt(60, batch), 20))
+
+
+def test_many_steps_through_growth_and_a_second_cache(
+    model: PreTrainedModel, seen: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> list[Tensor]:
+        with TokenSelect(model, NARROW):
+            first, second = DynamicCache(), DynamicCache()
+            out = [written(model, first, prompt(200), 70)]
+            out.append(written(model, second, prompt(90), 5))
+            out.append(written(model, first, prompt(1), 3))
+            first.crop(-40)
+            out.append(written(model, first, prompt(1), 9))
+            out.append(written(model, second, prompt(30), 5))
+            return out
+
+    made = run()
+    assert seen["steady"] > 100
+    plainly(monkeypatch)
+    for ours, expected in zip(made, run(), strict=True):
+        check(ours, expected)
+
+
+def test_sliding_layers_beside_it(seen: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    gemma = build(Gemma3TextConfig(**SIZES, **SLIDING))
+    with TokenSelect(gemma, NARROW):
+        made = written(gemma, DynamicCache(config=gemma.config), prompt(60), 20)
+    plainly(monkeypatch)
+    with TokenSelect(gemma, NARROW):
+        check(made, written(gemma, DynamicCache(config=gemma.config), prompt(60), 20))
+
+
+def test_beams_and_counts(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> tuple[list[int], list[int]]:
+        cache = DynamicCache()
+        with TokenSelect(model, NARROW):
+            ids = prompt(60)
+            model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False)
+            beams = model.generate(ids, max_new_tokens=12, num_beams=3, do_sample=False)
+            state = cache.layers[0].states[0]
+            return beams[0].tolist(), [state.attended, state.available, state.lookups]
+
+    made = run()
+    plainly(monkeypatch)
+    assert run() == made
+
+
+def test_weights_that_change_between_prompts_are_seen(model: PreTrainedModel) -> None:
+    other = build(LlamaConfig(**SIZES))
+    with TokenSelect(other, NARROW):
+        before = written(other, DynamicCache(), prompt(60), 6)
+        other.model.layers[0].mlp.down_proj.weight.data = other.model.layers[0].mlp.down_proj.weight.data * 1.5
+        after = written(other, DynamicCache(), prompt(60), 6)
+        assert not torch.allclose(before, after, atol=1e-3)
+    with TokenSelect(other, NARROW):
+        check(after, written(other, DynamicCache(), prompt(60), 6))
+
+
+def test_hooks_run(model: PreTrainedModel) -> None:
+    calls: list[int] = []
+    with TokenSelect(model, NARROW):
+        cache = DynamicCache()
+        written(model, cache, prompt(60), 6)
+        hook = model.model.layers[1].mlp.register_forward_hook(lambda *args: calls.append(1))
+        with hook:
+            written(model, cache, prompt(1), 4)
+        written(model, cache, prompt(1), 4)
+    assert len(calls) == 5
+
+
+def test_hidden_states_stay_what_they_were() -> None:
+    model = build(LlamaConfig(**SIZES))  # Transformers leaves hooks in a model that was asked for them
+    with TokenSelect(model, NARROW), torch.no_grad():
+        cache = DynamicCache()
+        written(model, cache, prompt(60), 6)
+        outs = [model(prompt(1), past_key_values=cache, output_hidden_states=True).hidden_states for _ in range(3)]
+        kept = [[part.clone() for part in out] for out in outs]
+        written(model, cache, prompt(1), 3)
+    for out, copies in zip(outs, kept, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(out, copies, strict=True))
+
+
+def test_two_threads(model: PreTrainedModel) -> None:
+    results: dict[int, Tensor] = {}
+    with TokenSelect(model, NARROW):
+        expected = {n: written(model, DynamicCache(), prompt(n), 20) for n in (60, 80)}
+
+        def run(length: int) -> None:
+            results[length] = written(model, DynamicCache(), prompt(length), 20)
+
+        threads = [threading.Thread(target=run, args=(n,)) for n in expected]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for length, logits in expected.items():
+        check(results[length], logits)
+
+
+def test_no_step_waits_for_the_device(model: PreTrainedModel) -> None:
+    with TokenSelect(model, NARROW), torch.no_grad():
+        cache = DynamicCache()
+        written(model, cache, prompt(60), 6)
+        token = prompt(1)
+        for _ in range(3):
+            model(token, past_key_values=cache)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                model(token, past_key_values=cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
