@@ -39,13 +39,13 @@ class Buffers:
     keys: Tensor
     values: Tensor
     length: int = 0
-    copy: _Int8Copy | None = None
+    copy: Int8Copy | None = None
     pages: PageTable | None = None  # of these buffers
     states: list[SelectionState] = field(default_factory=list)
 
 
 @dataclass(slots=True)
-class _Int8Copy:
+class Int8Copy:
     """An int8 copy of raw keys, and what it is counted from; see `ops.reference.quantize_rows`."""
 
     integers: Tensor  # [B, Hkv, capacity, D]
@@ -55,7 +55,7 @@ class _Int8Copy:
     padding: list[int] = field(default_factory=list)
 
     @classmethod
-    def like(cls, keys: Tensor, device: torch.device) -> _Int8Copy:
+    def like(cls, keys: Tensor, device: torch.device) -> Int8Copy:
         """Room on a device for a copy of `keys` [B, Hkv, capacity, D]."""
         batch, heads, _, dim = keys.shape
         integers = torch.empty(keys.shape, dtype=torch.int8, device=device)
@@ -96,11 +96,11 @@ class _Int8Copy:
         scales = self.scales.as_strided(((batch * heads - heads + 1) * capacity, heads), (1, capacity))
         return _as_rows(self.integers), scales, self.center
 
-    def take(self, rows: Tensor) -> _Int8Copy:
+    def take(self, rows: Tensor) -> Int8Copy:
         """The copies of some of the sequences."""
         chosen = rows.tolist()
         lengths, padding = ([part[row] for row in chosen] for part in (self.lengths, self.padding))
-        return _Int8Copy(self.integers[rows], self.scales[rows], self.center[rows], lengths, padding)
+        return Int8Copy(self.integers[rows], self.scales[rows], self.center[rows], lengths, padding)
 
 
 class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -235,28 +235,33 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.owner.quantize is None:
             return _as_rows(own.keys), None, None
         if own.copy is None or own.copy.integers.shape != own.keys.shape:
-            own.copy = _Int8Copy.like(own.keys, self.device)
+            own.copy = Int8Copy.like(own.keys, self.device)
         own.copy.update(self._read, own.length, padding, self.owner)
         return own.copy.rows()
 
     # -- a step of one token that the device writes by itself (integrations.steady) -----------------------------------
 
     @property
-    def capacity(self) -> int:
-        """Tokens of a sequence that there is room for."""
-        return 0 if self._own is None else self._own.keys.shape[2]
+    def cache_shape(self) -> tuple[int, ...]:
+        """[B, Hkv, capacity, D] of the keys."""
+        return () if self._own is None else tuple(self._own.keys.shape)
 
-    def takes_one_more(self) -> bool:
-        """Make room for a token of a single sequence, and say whether all before it are as scoring reads them."""
+    @property
+    def int8_copy(self) -> Int8Copy | None:
+        """What scoring reads in place of the keys."""
+        return None if self._own is None else self._own.copy
+
+    def takes_one_more(self, padding: list[int]) -> bool:
+        """Make room for a token of each sequence, and say whether all before it are as scoring reads them."""
         own = self._own
-        if own is None or own.keys.shape[0] != 1:
+        if own is None or own.keys.shape[0] != len(padding):
             return False
         self._grow(own, own.length + 1)
         return self.owner.quantize is None or (
             own.copy is not None
             and own.copy.integers.shape == own.keys.shape
-            and own.copy.lengths == [own.length]
-            and own.copy.padding == [0]
+            and own.copy.lengths == [own.length] * len(padding)
+            and own.copy.padding == padding
         )
 
     def scored_rows(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -268,18 +273,18 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         """What a step reads and writes: while these stay where they are, it may be repeated as it was."""
         return [part for part in (*self.rows(), *self.scored_rows()) if part is not None]
 
-    def count_one(self, num_attended: int) -> None:
-        """Note that the device wrote a token, whose query attended so many."""
+    def count_one(self, num_attended: int, padding: list[int]) -> None:
+        """Note that the device wrote a token of each sequence, whose query attended so many."""
         own = self._own
         assert own is not None
         own.length += 1
         if own.copy is not None:
-            own.copy.lengths = [own.length]
-        state = own.states[0]
-        state.forget()
-        state.served = None
-        state.attended += num_attended
-        state.available += own.length
+            own.copy.lengths = [own.length] * len(padding)
+        for state, pad in zip(own.states, padding, strict=True):
+            state.forget()
+            state.served = None
+            state.attended += num_attended
+            state.available += own.length - pad
 
     def _read(self, sequence: int, start: int, end: int) -> Tensor:
         """Raw keys [Hkv, end - start, D] of a sequence, padding counted, on the device."""

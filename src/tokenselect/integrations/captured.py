@@ -97,8 +97,8 @@ class Captured:
             self._whole = _Whole(stand_in)  # the first step there compiles what a graph cannot
             result = self.bound(hidden, stand_in)
         else:
-            result = whole(self.bound, hidden, self.shared)
-        cache_layer.count_one(plan.tables.num_attended)
+            result = whole(self.bound, hidden, stand_in, self.shared)
+        cache_layer.count_one(plan.tables.num_attended, plan.tables.padding)
         return result
 
 
@@ -168,29 +168,29 @@ class _Around:
 
 
 class _Whole:
-    """One graph: a layer with the attention of a steady step, for one cache."""
+    """One graph: a layer with the attention of a steady step, for a cache at one place, which it does not keep."""
 
     def __init__(self, stand_in: SteadyLayer) -> None:
-        self.stand_in = stand_in
+        self.place, self.tables = stand_in.place, stand_in.tables
         self.recorder: _Recorder | None = None
         self.has_failed = False
 
     def serves(self, stand_in: SteadyLayer) -> bool:
         """Whether the graph reads and writes what this step must."""
-        return self.stand_in.place == stand_in.place and self.stand_in.tables is stand_in.tables
+        return self.place == stand_in.place and self.tables is stand_in.tables
 
-    def __call__(self, bound: Any, hidden: Tensor, shared: Shared) -> Any:
+    def __call__(self, bound: Any, hidden: Tensor, stand_in: SteadyLayer, shared: Shared) -> Any:
         if self.recorder is None and not self.has_failed:
-            self.has_failed = _try(lambda: self._record(bound, hidden, shared)) is None
+            self.has_failed = _try(lambda: self._record(bound, hidden, stand_in, shared)) is None
         if self.recorder is None or not self.recorder.is_here():
-            return bound(hidden, self.stand_in)
+            return bound(hidden, stand_in)
         self.hidden.copy_(hidden)
         self.recorder.graphs[0].replay()
         return self.result.clone()
 
-    def _record(self, bound: Any, hidden: Tensor, shared: Shared) -> bool:
+    def _record(self, bound: Any, hidden: Tensor, stand_in: SteadyLayer, shared: Shared) -> bool:
         recorder = _Recorder(shared, hidden.device)
         self.hidden = hidden.clone()
-        self.result = recorder.record(bound, self.hidden, self.stand_in)
+        self.result = recorder.record(bound, self.hidden, stand_in)
         self.recorder = recorder
         return True

@@ -72,7 +72,7 @@ class Pass:
             ]
             out = torch.cat(parts)
         if self.rows is not None:
-            out = torch.zeros_like(flat).index_copy_(0, self.rows, out)
+            out = flat.new_zeros(flat.shape).index_copy_(0, self.rows, out)
         return out.view(batch, own, heads, dim)
 
     def _attend_blocks(

@@ -1,6 +1,6 @@
 """A decode step that selects, in a form that a CUDA graph can hold: everything that changes lies on the device.
 
-Of one sequence beyond the budget every step attends as many tokens, and the grids of scoring may be as large as the
+Of sequences beyond the budget every step attends as many tokens, and the grids of scoring may be as large as the
 cache. What is left is a few numbers and the distances of runs of keys, which all layers share; they are written once a
 step. Selections are those of `selection.select_tokens` up to the rounding of votes.
 """
@@ -8,6 +8,7 @@ step. Selections are those of `selection.select_tokens` up to the rounding of vo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from threading import Lock
 from typing import Any
 
@@ -30,22 +31,28 @@ class Tables:
         config: the settings.
         table: rotations of the model.
         max_distance: largest distance for scoring.
-        capacity: tokens that the cache has room for.
+        cache: shape [B, Hkv, capacity, D] of keys.
+        padding: rows before each sequence's first token.
     """
 
-    def __init__(self, config: TokenSelectConfig, table: RotaryTable, max_distance: int, capacity: int) -> None:
-        self.config, self.table, self.max_distance, self.capacity = config, table, max_distance, capacity
+    def __init__(
+        self, config: TokenSelectConfig, table: RotaryTable, max_distance: int, cache: Sequence[int], padding: list[int]
+    ) -> None:
+        self.config, self.table, self.max_distance = config, table, max_distance
+        self.cache, self.padding, (batch, heads, self.capacity, _) = tuple(cache), padding, cache
         device = table.cos.device
-        self.numbers = torch.zeros(9, dtype=torch.int64, device=device)
-        self.slot, self.start_loc = self.numbers[0:1], self.numbers[1:3]
-        self.candidates, self.block = self.numbers[3:5].view(1, 2), self.numbers[5:9]
-        self.zero = torch.zeros(1, dtype=torch.int64, device=device)
-        self.pages = PageTable(self.zero.view(1, 1), capacity, [0])
+        self.sequences = torch.arange(batch, device=device)
+        self.pages = PageTable(self.sequences[:, None] * heads, self.capacity, padding)
         self.num_attended = config.dense_limit + (0 if config.local_includes_block else 1)
+        self.bounds = torch.arange(batch + 1), torch.arange(batch + 1) * self.num_attended
+        self.numbers = torch.zeros(9 * batch + 2, dtype=torch.int64, device=device)
+        sizes = [1, batch, batch, batch + 1, 2 * batch, 4 * batch]
+        self.column, self.positions, self.slots, self.start_loc, candidates, self.blocks = self.numbers.split(sizes)
+        self.candidates = candidates.view(batch, 2)
         self.cos, self.sin = table.rotation(slice(config.budget), torch.float32)
         self.distances: list[Distances] = []
         if config.scoring in ("mix", "position_free"):
-            self.distances.append(one_distance(1, config.num_local_tokens, table))
+            self.distances.append(one_distance(batch, config.num_local_tokens, table))
         if config.scoring in ("mix", "distance"):
             self.distances.append(self._runs(device))
 
@@ -53,20 +60,26 @@ class Tables:
         size = self.config.distance_bucket_size
         runs = torch.arange(-(-self.capacity // size), device=device)
         self.run_ends = -self.config.num_sink_tokens - runs * size - (size - 1)
-        shape = len(runs), self.table.cos.shape[1]
+        shape = len(self.sequences) * len(runs), self.table.cos.shape[1]
         cos, sin = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2))
-        return Distances(cos, sin, size, torch.tensor([0, len(runs)], device=device), self.table.interleaved)
+        start_loc = torch.arange(len(self.sequences) + 1, device=device) * len(runs)
+        return Distances(cos, sin, size, start_loc, self.table.interleaved)
 
-    def write(self, position: int) -> None:
-        """Tell the device where the step's token stands."""
-        config = self.config
-        sinks = config.num_sink_tokens
-        window = position + 1 - (self.num_attended - sinks - config.num_selected_tokens)
-        values = [position, 0, window - sinks, sinks, window, 0, window, 0, self.num_attended]
+    def write(self, column: int) -> None:
+        """Tell the device where the step's tokens stand, padding counted."""
+        (batch, heads, capacity, _), sinks = self.cache, self.config.num_sink_tokens
+        recent = self.num_attended - sinks - self.config.num_selected_tokens
+        positions = [column - pad for pad in self.padding]
+        windows = [position + 1 - recent for position in positions]
+        values = [column, *positions, *(i * heads * capacity + column for i in range(batch))]
+        values += accumulate((window - sinks for window in windows), initial=0)
+        values += [at for window in windows for at in (sinks, window)]
+        n = self.num_attended
+        values += [at for i, window in enumerate(windows) for at in (i, window, i * n, n)]
         self.numbers.copy_(torch.tensor(values), non_blocking=True)
-        if config.scoring != "position_free":
+        if self.config.scoring != "position_free":
             view = self.distances[-1]
-            nearest = (self.run_ends + position).clamp(min=0)
+            nearest = (self.run_ends + self.positions[:, None]).clamp(min=0).flatten()
             made = mean_rotation(self.table.frequencies, nearest, view.run_size, self.max_distance)
             for into, part in zip((view.cos, view.sin), made, strict=True):
                 into.copy_(part)
@@ -97,37 +110,39 @@ class SteadyLayer:
         self.place = [(part.data_ptr(), part.shape, part.stride()) for part in layer.places()]
 
     def update(self, key: Tensor, value: Tensor) -> None:
-        """Write the token's key and value [1, Hkv, 1, D], and the key's int8 copy."""
+        """Write the tokens' keys and values [B, Hkv, 1, D], and the keys' int8 copy."""
         tables, key = self.tables, key[:, :, 0]
-        integer_rows, scale_rows, center = self.scored
-        gpu.move_rows(key, value[:, :, 0].to(key.dtype), tables.zero, tables.slot, *self.layer.rows())
-        if scale_rows is not None and center is not None:
-            integers, scales = gpu.quantize_rows(key, center[0])
-            integer_rows.index_copy_(0, tables.slot, integers)
-            scale_rows.index_copy_(0, tables.slot, scales)
+        gpu.move_rows(key, value[:, :, 0].to(key.dtype), tables.sequences, tables.slots, *self.layer.rows())
+        if (copy := self.layer.int8_copy) is not None:
+            alone = key.shape[0] == 1
+            made = gpu.quantize_rows(key, copy.center[0]) if alone else gpu.quantize_rows(key.float() - copy.center)
+            for into, part in zip((copy.integers, copy.scales), made, strict=True):
+                into.index_copy_(2, tables.column, part[:, :, None])
 
     def attend(self, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
-        """Attention [1, 1, Hq, D] of a query [1, Hq, 1, D]."""
+        """Attention [B, 1, Hq, D] of queries [B, Hq, 1, D]."""
         from tokenselect.ops.gpu.around import slots_to_attend
         from tokenselect.ops.gpu.score import Spans, score_tokens
+        from tokenselect.ops.gpu.topk import topk_tokens
 
         tables, config = self.tables, self.tables.config
-        flat = query[:, :, 0]
-        spans = Spans([tables.capacity], [1], tables.capacity, tables.start_loc)
+        flat, (batch, _, capacity, _) = query[:, :, 0], tables.cache
+        spans = Spans([capacity] * batch, [1] * batch, batch * capacity, tables.start_loc)
         keys, key_scales, center = self.scored
         votes, _ = score_tokens(
-            flat, keys, tables.pages, tables.zero, tables.candidates, tables.distances,
+            flat, keys, tables.pages, tables.sequences, tables.candidates, tables.distances,
             vote_scale(scale, tables.table, config), None, key_scales, center, spans,
         )  # fmt: skip
-        chosen = gpu.topk_tokens(votes, tables.start_loc, config.num_selected_tokens)
-        slots = slots_to_attend(chosen, tables.pages, tables.block, tables.num_attended, config.num_sink_tokens)
+        chosen = topk_tokens(votes, tables.start_loc, config.num_selected_tokens, capacity)
+        sizes = batch * tables.num_attended, config.num_sink_tokens, tables.num_attended
+        slots = slots_to_attend(chosen, tables.pages, tables.blocks, *sizes)
         keys, values, rows = self.layer.attended_rows(slots)
-        starts = torch.tensor([0, 1]), rows, torch.tensor([0, tables.num_attended])
+        query_bounds, slot_bounds = tables.bounds
         out = gpu.sparse_attention(
-            flat, keys, values, *starts, tables.cos, tables.sin, scale,
+            flat, keys, values, query_bounds, rows, slot_bounds, tables.cos, tables.sin, scale,
             interleaved=tables.table.interleaved, softcap=softcap, sink_logits=sinks,
         )  # fmt: skip
-        return out[None]
+        return out[:, None]
 
 
 class SteadySteps:
@@ -150,30 +165,32 @@ class SteadySteps:
         self,
         layers: Sequence[Any],
         padding: list[int],
-        position: int,
+        column: int,
         known_length: int,
         table: RotaryTable,
         fallback: Callable[[], Any],
     ) -> SteadyPass | None:
-        """The plan of a step of one token, with `lock` held; None: it is no such step.
+        """The plan of a step of one token of each sequence, with `lock` held; None: it is no such step.
 
         Args:
             layers: of the cache.
             padding: of each sequence.
-            position: of the token.
-            known_length: tokens that the context is known to have.
+            column: where the tokens stand, padding counted.
+            known_length: tokens that the context is known to have, padding counted.
             table: rotations of the model.
             fallback: makes the ordinary plan.
         """
         ours = [layer for layer in layers if isinstance(layer, RawKeyLayer)]
-        if not self.can or padding != [0] or self.config.covers(known_length, position):
+        if not self.can or any(self.config.covers(known_length - pad, column - pad) for pad in padding):
             return None
-        if not ours[0].owner.traced or not all(layer.takes_one_more() for layer in ours):
+        if not ours[0].owner.traced or not all(layer.takes_one_more(padding) for layer in ours):
             return None
-        if not self.lock.acquire(blocking=False):
+        caches = {(layer.device, *layer.cache_shape) for layer in ours}
+        if caches != {(table.cos.device, *ours[0].cache_shape)} or not self.lock.acquire(blocking=False):
             return None
-        capacity = ours[0].capacity
-        if self._tables is None or self._tables.table is not table or self._tables.capacity != capacity:
-            self._tables = Tables(self.config, table, self.max_distance, capacity)
-        self._tables.write(position)
+        known, shape = self._tables, ours[0].cache_shape
+        if known is None or known.table is not table or known.cache != shape or known.padding != padding:
+            self._tables = Tables(self.config, table, self.max_distance, shape, padding)
+        assert self._tables is not None
+        self._tables.write(column)
         return SteadyPass(self._tables, fallback)

@@ -307,7 +307,7 @@ def sparse_attention(
     Returns:
         [num_queries, num_q_heads, head_dim] in the dtype of `queries`; zero for queries that belong to no block.
     """
-    out = torch.zeros_like(queries) if out is None else out.zero_()
+    out = queries.new_zeros(queries.shape) if out is None else out.zero_()
     query_bounds, slot_bounds = query_start_loc.tolist(), slot_start_loc.tolist()
     for i in range(len(query_bounds) - 1):
         block = slice(query_bounds[i], query_bounds[i + 1])

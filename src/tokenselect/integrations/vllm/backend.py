@@ -20,6 +20,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from tokenselect.hardware import keep_freed_memory
 from tokenselect.integrations.vllm import refusals
 from tokenselect.integrations.vllm.int8_copy import CopyWork, Int8Copy, plan_copies
 from tokenselect.integrations.vllm.metrics import Metrics
@@ -96,6 +97,7 @@ class TokenSelectBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
         traces = None if folder is None else TraceFolder(folder, vllm_config)
         self.requests = RequestTable(self.config, traces, self.metrics.leave)
         watch_batches()
+        keep_freed_memory(device)
         self.metrics.announce(self.config, self.ops.NAME, self.page_size)
 
     def build(

@@ -188,10 +188,10 @@ def write_chosen(
     tl.store(out + block.to(tl.int64) * k + place, offset.to(tl.int64), mask=mine)
 
 
-def topk_tokens(votes: Tensor, start_loc: Tensor, k: int) -> Tensor:
-    """See `ops.reference.topk_tokens`."""
+def topk_tokens(votes: Tensor, start_loc: Tensor, k: int, longest: int | None = None) -> Tensor:
+    """See `ops.reference.topk_tokens`; `longest` where the most votes that a block may have are known."""
     votes, blocks, device = votes.contiguous(), start_loc.shape[0] - 1, votes.device
-    longest = _longest(votes, start_loc)
+    longest = _longest(votes, start_loc) if longest is None else longest
     size = _LEAST_SLICE if longest <= _LEAST_SLICE * _SLICES else _MOST_SLICE
     chunk = min(size, _per_chunk(longest, k))
     chunks = triton.cdiv(longest, chunk)
