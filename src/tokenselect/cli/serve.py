@@ -48,9 +48,23 @@ def serve(
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # the workers' counts reach /metrics by it
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="tokenselect-metrics-")
     sys.argv = ["vllm", *arguments(model, config, flags, trace_folder)]
-    from vllm.entrypoints.launchers.api_server.entry import main
+    _run()
 
-    main()
+
+def _run() -> None:
+    """What `vllm serve` does with its flags. The command itself does not start where vLLM has another package's name."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    args = make_arg_parser(FlexibleArgumentParser(prog="tokenselect serve")).parse_args()
+    configure_logging_from_args(args)
+    command = ServeSubcommand()
+    command.validate(args)
+    command.cmd(args)
 
 
 def arguments(
@@ -61,7 +75,7 @@ def arguments(
     Args:
         model: folder or name; None: the embedded model.
         config: the settings.
-        flags: the caller's own flags of `vllm serve`, which come last and so count.
+        flags: the caller's own flags of `vllm serve`; what they set is not given twice.
         trace_folder: where traces may be kept; None: nowhere.
 
     Raises:
@@ -69,12 +83,13 @@ def arguments(
     """
     from tokenselect.integrations.vllm import SCHEDULER
 
+    asked = {flag.split("=")[0] for flag in flags}
     for name in ("--attention-backend", "--scheduler-cls", "--additional-config"):
-        if any(flag.split("=")[0] == name for flag in flags):
+        if name in asked:
             raise ValueError(f"{name} is set by tokenselect serve: leave it out, or start vllm serve yourself")
     path = str(embedded_model_path()) if model is None else model
     named = ["--served-model-name", EMBEDDED] if model is None else []
-    given = [part for name, value in _DEFAULTS.items() for part in (name, value)]
+    given = [part for name, value in _DEFAULTS.items() if name not in asked for part in (name, value)]
     ours = ["--attention-backend", "CUSTOM", "--scheduler-cls", SCHEDULER, "--no-async-scheduling"]
     section = json.loads(config.to_json())
     if trace_folder is not None:
