@@ -281,10 +281,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         if own.copy is not None:
             own.copy.lengths = [own.length] * len(padding)
         for state, pad in zip(own.states, padding, strict=True):
-            state.forget()
-            state.served = None
-            state.attended += num_attended
-            state.available += own.length - pad
+            state.count(1, num_attended, own.length - pad)
 
     def _read(self, sequence: int, start: int, end: int) -> Tensor:
         """Raw keys [Hkv, end - start, D] of a sequence, padding counted, on the device."""

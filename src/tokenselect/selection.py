@@ -57,6 +57,13 @@ class SelectionState:
     available: int = 0
     other: Tensor | None = None  # what a method that we compare with remembers
 
+    def count(self, num_queries: int, attended: int, available: int) -> None:
+        """Note that queries selected anew, without keeping what."""
+        self.forget()
+        self.served = None
+        self.attended += num_queries * attended
+        self.available += num_queries * available
+
     def forget(self) -> None:
         """Drop the last selection, as after the sequence was cut; the counts stay."""
         self.query = self.indices = self.other = None

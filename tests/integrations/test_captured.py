@@ -14,6 +14,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from tokenselect.config import TokenSelectConfig
 from tokenselect.integrations.captured import Captured
+from tokenselect.integrations.passes import Pass
 from tokenselect.integrations.steady import SteadyPass
 from tokenselect.integrations.steps import Steps
 from tokenselect.integrations.transformers import TokenSelect
@@ -166,6 +167,21 @@ def test_a_padded_batch(model: PreTrainedModel, seen: dict[str, int], monkeypatc
     assert seen["steady"] > 20
     plainly(monkeypatch)
     assert run() == made
+
+
+@pytest.mark.parametrize("name", ["selecting", "block in window", "whole at first"])
+def test_rows_written_by_one_launch_are_those_of_the_positions(
+    model: PreTrainedModel, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = prompt(230, 2)
+    with TokenSelect(model, CONFIGS[name]), torch.no_grad():
+        cache, other = DynamicCache(), DynamicCache()
+        made = model(ids, past_key_values=cache).logits
+        monkeypatch.setattr(Pass, "_is_plain", lambda self: False)
+        expected = model(ids, past_key_values=other).logits
+    check(made, expected)
+    counts = [[(s.attended, s.available) for s in each.layers[0].states] for each in (cache, other)]
+    assert counts[0] == counts[1]
 
 
 def test_a_cache_that_is_dropped_is_freed(model: PreTrainedModel) -> None:

@@ -17,7 +17,15 @@ from tokenselect.integrations.ragged import Stretch, cut_blocks
 from tokenselect.ops import Backend
 from tokenselect.ops.paging import PageTable
 from tokenselect.rotary import RotaryTable
-from tokenselect.selection import Block, Select, SelectionPlan, plan_selection, select_tokens
+from tokenselect.selection import (
+    Block,
+    Select,
+    SelectionPlan,
+    candidates_end,
+    choose_tokens,
+    plan_selection,
+    select_tokens,
+)
 from tokenselect.trace.recorder import Recorder, Selected
 
 
@@ -97,12 +105,35 @@ class Pass:
                 self._whole[pages.page_size] = self._rows_of(pages, {}, queries.device)
             return self._whole[pages.page_size]
         keys, *copy = layer.scoring_rows(self.padding)
+        if self._is_plain():
+            return self._chosen_slots(layer, queries, keys, copy, scale)
         chosen = self.select(queries, keys, pages, self.plan, layer.states, self.config, self.ops, scale, *copy)
         if self.recorder is not None:
             raw = layer.raw_rows()
             done = Selected(queries, keys, pages, self.plan, layer.states, self.config, scale, raw, chosen, *copy)
             self.recorder.record(layer.index, done)
         return self._rows_of(pages, dict(zip(self.selecting, chosen, strict=True)), queries.device)
+
+    def _is_plain(self) -> bool:
+        """Whether all blocks select anew and nobody asks for their positions, so that one launch writes their rows."""
+        has_launch = hasattr(self.ops, "attended_slots") and self.config.num_selected_tokens > 0
+        is_alone = self.select is select_tokens and self.recorder is None and not self.config.reuse
+        return has_launch and is_alone and len(self.selecting) == len(self.blocks)
+
+    def _chosen_slots(
+        self, layer: RawKeyLayer, queries: Tensor, keys: Tensor, copy: list[Tensor | None], scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """What `select` and `_rows_of` find, in as few launches as there can be."""
+        config, pages = self.config, layer.page_table(self.padding)
+        assert self.plan is not None
+        chosen = choose_tokens(queries, keys, pages, self.plan, config, self.ops, scale, *copy)
+        sinks, windows = config.num_sink_tokens, [candidates_end(block, config) for block in self.blocks]
+        sequences, ends = [block.sequence for block in self.blocks], [block.end for block in self.blocks]
+        write: Any = self.ops.attended_slots  # type: ignore[attr-defined]
+        slots, bounds = write(chosen - sinks, pages, sequences, windows, ends, sinks)
+        for block, first, last in zip(self.blocks, bounds, bounds[1:], strict=False):
+            layer.states[block.sequence].count(block.end - block.start, last - first, block.end)
+        return slots, torch.tensor(bounds)
 
     def _rows_of(self, pages: PageTable, selected: dict[int, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         rows = [

@@ -53,14 +53,16 @@ def _looks_like(a: Any, b: fx.Node) -> bool:
 def fuse_norms(graph: fx.Graph, module: nn.Module, ops: Any) -> None:
     """A root mean square norm is one operation, where the backend has it."""
     known = constants(graph, module)
-    takes: Callable[[Tensor], bool] = getattr(ops, "takes_linear", lambda weight: False)
+    is_native = not hasattr(ops, "takes_norm")
+    takes: Callable[[Tensor], bool] = getattr(ops, "takes_linear" if is_native else "takes_norm", lambda weight: False)
     for node in [node for node in graph.nodes if node.target is _aten.rsqrt.default]:
         found = _norm_around(node, known)
         if found is None or not takes(known[found[2]]):
             continue
         end, x, weight, epsilon = found
         with graph.inserting_before(end):
-            norm = graph.call_function(torch.ops.tokenselect.rms_norm.default, (x, weight, epsilon))
+            target = torch.ops.tokenselect.rms_norm.default if is_native else ops.rms_norm
+            norm = graph.call_function(target, (x, weight, epsilon))
         norm.meta = end.meta
         end.replace_all_uses_with(norm)
 

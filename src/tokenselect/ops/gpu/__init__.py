@@ -21,6 +21,7 @@ NAME = "gpu"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)
+_LARGEST_NORM = 2**15
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -63,6 +64,32 @@ def quantize_into(
 ) -> None:
     """See `ops.reference.quantize_into`."""
     integers[into], scales[into] = quantize_rows(rows[tokens].float() - centers[owners])
+
+
+def takes_norm(weight: Tensor) -> bool:
+    """Whether `rms_norm` can multiply with this weight [size]."""
+    return weight.is_cuda and weight.dtype in _DTYPES and weight.is_contiguous() and weight.shape[0] <= _LARGEST_NORM
+
+
+def rms_norm(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See `ops.gpu.norm`."""
+    from tokenselect.ops.gpu.norm import rms_norm as norm
+
+    return norm(rows, weight, epsilon)
+
+
+def attended_slots(
+    chosen: Tensor,
+    pages: PageTable,
+    sequences: Sequence[int],
+    windows: Sequence[int],
+    ends: Sequence[int],
+    num_sinks: int,
+) -> tuple[Tensor, list[int]]:
+    """See `ops.gpu.around`."""
+    from tokenselect.ops.gpu.around import attended_slots as attended
+
+    return attended(chosen, pages, sequences, windows, ends, num_sinks)
 
 
 def claim_rows(slots: Tensor, places: Tensor, holders: Tensor, used: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
