@@ -271,7 +271,10 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def places(self) -> list[Tensor]:
         """What a step reads and writes: while these stay where they are, it may be repeated as it was."""
-        return [part for part in (*self.rows(), *self.scored_rows()) if part is not None]
+        own = self._own
+        assert own is not None
+        copy = [] if own.copy is None else [own.copy.integers, own.copy.scales, own.copy.center]
+        return [own.keys, own.values, *copy]
 
     def count_one(self, num_attended: int, padding: list[int]) -> None:
         """Note that the device wrote a token of each sequence, whose query attended so many."""

@@ -106,8 +106,8 @@ class SteadyLayer:
     """Stands for a cache's layer: writes one token and attends, without asking the host for anything."""
 
     def __init__(self, tables: Tables, layer: RawKeyLayer) -> None:
-        self.tables, self.layer, self.scored = tables, layer, layer.scored_rows()
-        self.place = [(part.data_ptr(), part.shape, part.stride()) for part in layer.places()]
+        self.tables, self.layer = tables, layer
+        self.place = [(part.data_ptr(), part.shape) for part in layer.places()]
 
     def update(self, key: Tensor, value: Tensor) -> None:
         """Write the tokens' keys and values [B, Hkv, 1, D], and the keys' int8 copy."""
@@ -128,7 +128,7 @@ class SteadyLayer:
         tables, config = self.tables, self.tables.config
         flat, (batch, _, capacity, _) = query[:, :, 0], tables.cache
         spans = Spans([capacity] * batch, [1] * batch, batch * capacity, tables.start_loc)
-        keys, key_scales, center = self.scored
+        keys, key_scales, center = self.layer.scored_rows()
         votes, _ = score_tokens(
             flat, keys, tables.pages, tables.sequences, tables.candidates, tables.distances,
             vote_scale(scale, tables.table, config), None, key_scales, center, spans,
