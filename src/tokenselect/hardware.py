@@ -51,17 +51,17 @@ def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     room = (ctypes.c_char * size).from_buffer(pages)
     memory = advise_huge_pages(torch.frombuffer(room, dtype=dtype))  # holds `room`, and that holds `pages`
     memory.zero_()  # by all threads; page by page when it is pinned takes several times as long
-    runtime: Any = torch.cuda.cudart()
-    torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
+    cuda: Any = torch.cuda
+    cuda.check_error(cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
     weakref.finalize(room, _unpin, memory.data_ptr(), pages).atexit = False
     return memory.view(tuple(shape))
 
 
 def _unpin(address: int, pages: mmap.mmap) -> None:
     """Give memory back, `pages` after this; kernels that use it end first."""
-    torch.cuda.synchronize()
-    runtime: Any = torch.cuda.cudart()
-    runtime.cudaHostUnregister(address)
+    cuda: Any = torch.cuda
+    cuda.synchronize()
+    cuda.cudart().cudaHostUnregister(address)
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -51,8 +51,10 @@ def context_bytes(config: Any, num_tokens: int, dtype: torch.dtype, settings: To
         `kv_bytes`, with `kv_offload` those of the resident rows alone, and for an int8 copy of the keys half a byte
         per byte of 16-bit keys and a scale.
     """
-    offloaded = settings is not None and settings.kv_offload
-    total = kv_bytes(config, min(num_tokens, settings.num_resident_tokens) if offloaded else num_tokens, dtype)
+    kept = num_tokens
+    if settings is not None and settings.kv_offload:
+        kept = min(num_tokens, settings.num_resident_tokens)
+    total = kv_bytes(config, kept, dtype)
     if settings is None or settings.score_dtype != "int8" or not settings.num_selected_tokens:
         return total
     if settings.covers(num_tokens, num_tokens):

@@ -33,11 +33,11 @@ class Residents:
         self.keys, self.values = (
             torch.empty((num_rows, *part.shape[1:]), dtype=part.dtype, device=device) for part in self.cache
         )
-        num_slots, count = keys.shape[0], {"dtype": torch.int32, "device": device}
-        self.places = torch.full((num_slots + 1,), ABSENT, **count)  # type: ignore[call-overload]
-        self.holders = torch.full((num_rows + 1,), num_slots, **count)  # type: ignore[call-overload]
-        self.used = torch.zeros(num_rows + 1, **count)  # type: ignore[call-overload]
-        self.clock = torch.ones(1, **count)  # type: ignore[call-overload]
+        num_slots = keys.shape[0]
+        self.places = torch.full((num_slots + 1,), ABSENT, dtype=torch.int32, device=device)
+        self.holders = torch.full((num_rows + 1,), num_slots, dtype=torch.int32, device=device)
+        self.used = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
+        self.clock = torch.ones(1, dtype=torch.int32, device=device)
 
     def bring(self, slots: Tensor) -> Tensor:
         """Copy those of the rows `slots` [n] that are missing; at most as many as there is room for.

@@ -91,10 +91,13 @@ def test_all_rows_at_once_and_none(ops: Any) -> None:
     assert kept.bring(torch.zeros(0, dtype=torch.int64, device=DEVICE)).shape == (0,)
 
 
-def test_more_than_a_program_holds() -> None:
-    kept = residents(gpu, 20_000, 6000)
-    for low in (0, 3000, 9000, 2000):
-        ask(kept, torch.randint(low, low + 8000, (5500,)).tolist())
+def test_more_than_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenselect.ops.gpu import resident
+
+    monkeypatch.setattr(resident, "_AT_HAND", 64)
+    kept = residents(gpu, 1000, 300)
+    for low in (0, 150, 450, 100):
+        ask(kept, torch.randint(low, low + 400, (275,)).tolist())
 
 
 @backends

@@ -35,7 +35,8 @@ class Shared:
     def prepare(self, device: torch.device) -> None:
         """Make the pool and the stream on first use."""
         if self.side is None:
-            self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+            cuda: Any = torch.cuda
+            self.pool, self.side = cuda.graph_pool_handle(), cuda.Stream(device)
 
 
 class _Cut:

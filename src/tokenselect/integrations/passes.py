@@ -126,7 +126,7 @@ class Pass:
         """What `select` and `_rows_of` find, in as few launches as there can be."""
         config, pages = self.config, layer.page_table(self.padding)
         assert self.plan is not None
-        chosen = choose_tokens(queries, keys, pages, self.plan, config, self.ops, scale, *copy)
+        chosen = choose_tokens(queries, keys, pages, self.plan, config, self.ops, scale, copy[0], copy[1])
         sinks, windows = config.num_sink_tokens, [candidates_end(block, config) for block in self.blocks]
         sequences, ends = [block.sequence for block in self.blocks], [block.end for block in self.blocks]
         write: Any = self.ops.attended_slots  # type: ignore[attr-defined]

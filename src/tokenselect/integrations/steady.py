@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ class Tables:
         self.bounds = torch.arange(batch + 1), torch.arange(batch + 1) * self.num_attended
         self.numbers = torch.zeros(9 * batch + 2, dtype=torch.int64, device=device)
         sizes = [1, batch, batch, batch + 1, 2 * batch, 4 * batch]
-        self.column, self.positions, self.slots, self.start_loc, candidates, self.blocks = self.numbers.split(sizes)
+        parts = cast("tuple[Tensor, ...]", cast("Any", self.numbers).split(sizes))
+        self.column, self.positions, self.slots, self.start_loc, candidates, self.blocks = parts
         self.candidates = candidates.view(batch, 2)
         self.cos, self.sin = table.rotation(slice(config.budget), torch.float32)
         self.distances: list[Distances] = []
@@ -89,7 +90,8 @@ class SteadyPass:
     """The plan of a steady step; a layer that cannot be captured falls back to the ordinary one."""
 
     def __init__(self, tables: Tables, fallback: Callable[[], Any]) -> None:
-        self.tables, self._make, self._ordinary = tables, fallback, None
+        self.tables, self._make = tables, fallback
+        self._ordinary: Any = None
 
     def attend(self, *args: Any) -> Any:
         """As `Pass.attend`, for a layer that wrote its tokens itself."""
@@ -157,7 +159,8 @@ class SteadySteps:
     def __init__(self, config: TokenSelectConfig, ops: Backend, max_distance: int) -> None:
         self.config, self.max_distance = config, max_distance
         plain = not (config.reuse or config.head_weights or config.smoothing_window > 1)
-        self.can = ops is gpu and plain and config.num_selected_tokens > 0
+        backend: Any = ops
+        self.can = backend is gpu and plain and config.num_selected_tokens > 0
         self.lock = Lock()  # the tables are those of one step at a time
         self._tables: Tables | None = None
 
