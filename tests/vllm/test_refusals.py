@@ -49,6 +49,11 @@ def test_engines_that_could_not_select_are_refused(model: Path, given: dict[str,
     assert _refusal(model, **given).startswith(f"TokenSelect: {reason}")
 
 
+def test_an_offloaded_cache_is_refused(model: Path) -> None:
+    given = {"additional_config": {"tokenselect": {**SETTINGS, "score_dtype": "int8", "kv_offload": True}}}
+    assert _refusal(model, **given).startswith("TokenSelect: kv_offload must be false, got true")
+
+
 @pytest.mark.parametrize(
     ("folder", "reason"),
     [
