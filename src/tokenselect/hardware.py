@@ -67,9 +67,9 @@ def _unpin(address: int, pages: mmap.mmap) -> None:
 def keep_freed_memory(device: torch.device) -> None:
     """Let memory that a layer frees serve the next one, where it would go back to the system and be fetched anew.
 
-    The C library of Linux (glibc) gives freed memory back above a threshold that grows with the largest block, up to 32 MB,
-    that was ever freed (mallopt(3), M_MMAP_THRESHOLD). A chunk of a prompt has some 40 MB of temporaries in a layer, and
-    fetching them page by page takes as long as a tenth of the layer. Nothing is allocated here for longer than the call.
+    The C library of Linux (glibc) gives freed memory back above a threshold that grows with the largest block, up to
+    32 MB, that was ever freed (mallopt(3), M_MMAP_THRESHOLD). A chunk of a prompt has some 40 MB of temporaries in a
+    layer, and to fetch them page by page takes as long as a tenth of the layer. The call itself holds no memory.
     """
     if sys.platform == "linux" and device.type == "cpu":
         torch.empty(_LARGEST_THAT_COUNTS, dtype=torch.uint8)

@@ -52,7 +52,7 @@ def serve(
 
 
 def _run() -> None:
-    """What `vllm serve` does with its flags. The command itself does not start where vLLM has another package's name."""
+    """What `vllm serve` does with its flags; its own command does not start where vLLM came as another package."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
