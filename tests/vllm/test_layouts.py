@@ -50,7 +50,12 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[in
 
 @pytest.mark.parametrize(
     "flags",
-    [["--tensor-parallel-size", "2"], ["--pipeline-parallel-size", "2"], ["--data-parallel-size", "2"]],
+    [
+        ["--tensor-parallel-size", "2"],
+        # vLLM's later stages get the memory for what earlier ones send in a warm-up that they leave out if eager.
+        ["--pipeline-parallel-size", "2", "--no-enforce-eager"],
+        ["--data-parallel-size", "2"],
+    ],
     ids=["tensor parallel", "pipeline parallel", "data parallel"],
 )
 def test_processes_write_what_one_writes(model: Path, alone: list[list[int]], tmp_path: Path, flags: list[str]) -> None:
