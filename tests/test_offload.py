@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from small import NARROW, SIZES, build
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel
-from transformers.models.auto import AutoModelForCausalLM
 
 from tokenselect import memory
 from tokenselect.cache import Owner, RawKeyLayer
@@ -25,15 +25,6 @@ if TYPE_CHECKING:
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Room for 104 rows a sequence: fewer than the prompts have.
-NARROW = TokenSelectConfig(
-    num_sink_tokens=2,
-    num_local_tokens=8,
-    num_selected_tokens=8,
-    block_size=8,
-    num_tail_tokens=4,
-    prefill_chunk_size=96,
-    num_dense_tokens=0,
-)
 CONFIGS = {
     "selecting": NARROW,
     "caching": NARROW.replace(reuse_threshold=0.5),
@@ -45,22 +36,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=96,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    return AutoModelForCausalLM.from_config(config).eval().to(DEVICE)
+    return build(LlamaConfig(**SIZES)).to(DEVICE)
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import small
 import torch
 import transformers
+from small import SLIDING
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
 from tokenselect.config import TokenSelectConfig
@@ -20,31 +22,8 @@ LOGITS = 1e-4  # float32
 WIDE = TokenSelectConfig(
     num_sink_tokens=4, num_local_tokens=60, num_selected_tokens=128, block_size=16, num_dense_tokens=0
 )
-NARROW = TokenSelectConfig(
-    num_sink_tokens=2,
-    num_local_tokens=8,
-    num_selected_tokens=8,
-    block_size=8,
-    num_tail_tokens=4,
-    prefill_chunk_size=16,
-    num_dense_tokens=0,
-)
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 96,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-SLIDING = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+NARROW = small.NARROW.replace(prefill_chunk_size=16)
+SIZES = {**small.SIZES, "vocab_size": 96, "tie_word_embeddings": False}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from small import NARROW, SIZES, SLIDING, build
 from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, PreTrainedModel
-from transformers.models.auto import AutoModelForCausalLM
 
-from tokenselect.config import TokenSelectConfig
 from tokenselect.integrations.captured import Captured
 from tokenselect.integrations.passes import Pass
 from tokenselect.integrations.steady import SteadyPass
@@ -24,15 +23,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-NARROW = TokenSelectConfig(
-    num_sink_tokens=2,
-    num_local_tokens=8,
-    num_selected_tokens=8,
-    block_size=8,
-    num_tail_tokens=4,
-    prefill_chunk_size=96,
-    num_dense_tokens=0,
-)
 CONFIGS = {
     "selecting": NARROW,
     "bf16 keys": NARROW.replace(score_dtype="same"),
@@ -45,31 +35,15 @@ CONFIGS = {
     "offloaded": NARROW.replace(kv_offload=True),
 }
 STEADY = ("selecting", "offloaded", "bf16 keys", "one distance", "by distance", "block in window", "whole at first")
-SIZES = {
-    "vocab_size": 512,
-    "hidden_size": 96,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-SLIDING = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
 
 
-def build(config: Any) -> PreTrainedModel:
-    torch.manual_seed(1)
-    return AutoModelForCausalLM.from_config(config).eval().cuda()
+def on_gpu(config: Any) -> PreTrainedModel:
+    return build(config).cuda()
 
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return build(LlamaConfig(**SIZES))
+    return on_gpu(LlamaConfig(**SIZES))
 
 
 def prompt(length: int, batch: int = 1) -> Tensor:
@@ -195,7 +169,7 @@ def test_a_cache_that_is_dropped_is_freed(model: PreTrainedModel) -> None:
 
 
 def test_sliding_layers_beside_it(seen: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    gemma = build(Gemma3TextConfig(**SIZES, **SLIDING))
+    gemma = on_gpu(Gemma3TextConfig(**SIZES, **SLIDING))
     with TokenSelect(gemma, NARROW):
         made = written(gemma, DynamicCache(config=gemma.config), prompt(60), 20)
     plainly(monkeypatch)
@@ -219,7 +193,7 @@ def test_beams_and_counts(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatc
 
 
 def test_weights_that_change_between_prompts_are_seen(model: PreTrainedModel) -> None:
-    other = build(LlamaConfig(**SIZES))
+    other = on_gpu(LlamaConfig(**SIZES))
     with TokenSelect(other, NARROW):
         before = written(other, DynamicCache(), prompt(60), 6)
         other.model.layers[0].mlp.down_proj.weight.data = other.model.layers[0].mlp.down_proj.weight.data * 1.5
@@ -242,7 +216,7 @@ def test_hooks_run(model: PreTrainedModel) -> None:
 
 
 def test_hidden_states_stay_what_they_were() -> None:
-    model = build(LlamaConfig(**SIZES))  # Transformers leaves hooks in a model that was asked for them
+    model = on_gpu(LlamaConfig(**SIZES))  # Transformers leaves hooks in a model that was asked for them
     with TokenSelect(model, NARROW), torch.no_grad():
         cache = DynamicCache()
         written(model, cache, prompt(60), 6)

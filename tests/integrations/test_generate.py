@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from small import NARROW, SIZES, SLIDING, build
 from transformers import (
     DynamicCache,
     Gemma3TextConfig,
@@ -17,7 +18,6 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
-from transformers.models.auto import AutoModelForCausalLM
 
 from tokenselect.cache import RawKeyLayer
 from tokenselect.config import TokenSelectConfig
@@ -34,42 +34,12 @@ HALF = {torch.bfloat16: 0.03, torch.float16: 0.004}  # relative error of the log
 WIDE = TokenSelectConfig(
     num_sink_tokens=4, num_local_tokens=60, num_selected_tokens=128, block_size=16, num_dense_tokens=0
 )
-# The first 24 tokens need no selection; chunks are as long as every prompt here.
-NARROW = TokenSelectConfig(
-    num_sink_tokens=2,
-    num_local_tokens=8,
-    num_selected_tokens=8,
-    block_size=8,
-    num_tail_tokens=4,
-    prefill_chunk_size=96,
-    num_dense_tokens=0,
-)
 CONFIGS = {
     "covered": WIDE,
     "selecting": NARROW,
     "caching": NARROW.replace(reuse_threshold=0.5),
     "short-ones-whole": NARROW.replace(num_dense_tokens=40),
 }
-SIZES = {
-    "vocab_size": 512,
-    "hidden_size": 96,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-SLIDING = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
-
-
-def build(config: Any, attention: str = "sdpa") -> PreTrainedModel:
-    torch.manual_seed(1)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 @pytest.fixture(scope="module")

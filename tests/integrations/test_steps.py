@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from test_generate import CONFIGS, LOGITS, NARROW, SIZES, build, generate, prompt
+from small import NARROW, SIZES, build
+from test_generate import CONFIGS, LOGITS, generate, prompt
 from transformers import DynamicCache, LlamaConfig, MixtralConfig, PreTrainedModel, Qwen3Config
 
 from tokenselect.config import TokenSelectConfig
