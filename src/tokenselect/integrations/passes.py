@@ -57,6 +57,9 @@ class Pass:
     recorder: Recorder | None = None
     _whole: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by page size: layers share it
 
+    def end(self) -> None:
+        """Called when the pass is over: it holds nothing."""
+
     def attend(
         self, layer: RawKeyLayer, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:

@@ -89,8 +89,8 @@ class Tables:
 class SteadyPass:
     """The plan of a steady step; a layer that cannot be captured falls back to the ordinary one."""
 
-    def __init__(self, tables: Tables, fallback: Callable[[], Any]) -> None:
-        self.tables, self._make = tables, fallback
+    def __init__(self, tables: Tables, fallback: Callable[[], Any], end: Callable[[], None]) -> None:
+        self.tables, self._make, self.end = tables, fallback, end
         self._ordinary: Any = None
 
     def attend(self, *args: Any) -> Any:
@@ -161,7 +161,7 @@ class SteadySteps:
         plain = not (config.reuse or config.head_weights or config.smoothing_window > 1)
         backend: Any = ops
         self.can = backend is gpu and plain and config.num_selected_tokens > 0
-        self.lock = Lock()  # the tables are those of one step at a time
+        self._lock = Lock()  # the tables are those of one step at a time
         self._tables: Tables | None = None
 
     def begin(
@@ -173,7 +173,7 @@ class SteadySteps:
         table: RotaryTable,
         fallback: Callable[[], Any],
     ) -> SteadyPass | None:
-        """The plan of a step of one token of each sequence, with `lock` held; None: it is no such step.
+        """The plan of a step of one token of each sequence, which must be ended; None: it is no such step.
 
         Args:
             layers: of the cache.
@@ -183,17 +183,24 @@ class SteadySteps:
             table: rotations of the model.
             fallback: makes the ordinary plan.
         """
-        ours = [layer for layer in layers if isinstance(layer, RawKeyLayer)]
         if not self.can or any(self.config.covers(known_length - pad, column - pad) for pad in padding):
             return None
+        ours = [layer for layer in layers if isinstance(layer, RawKeyLayer)]
         if not ours[0].owner.traced or not all(layer.takes_one_more(padding) for layer in ours):
             return None
         caches = {(layer.device, *layer.cache_shape) for layer in ours}
-        if caches != {(table.cos.device, *ours[0].cache_shape)} or not self.lock.acquire(blocking=False):
+        if caches != {(table.cos.device, *ours[0].cache_shape)} or not self._lock.acquire(blocking=False):
             return None
-        known, shape = self._tables, ours[0].cache_shape
+        try:
+            tables = self._tables_for(table, ours[0].cache_shape, padding)
+            tables.write(column)
+        except BaseException:
+            self._lock.release()
+            raise
+        return SteadyPass(tables, fallback, self._lock.release)
+
+    def _tables_for(self, table: RotaryTable, shape: tuple[int, ...], padding: list[int]) -> Tables:
+        known = self._tables
         if known is None or known.table is not table or known.cache != shape or known.padding != padding:
-            self._tables = Tables(self.config, table, self.max_distance, shape, padding)
-        assert self._tables is not None
-        self._tables.write(column)
-        return SteadyPass(self._tables, fallback)
+            known = self._tables = Tables(self.config, table, self.max_distance, shape, padding)
+        return known

@@ -30,7 +30,7 @@ from tokenselect.config import TokenSelectConfig
 from tokenselect.hardware import keep_freed_memory
 from tokenselect.integrations.host import Host, check_offload, inspect_model, learn_rotary
 from tokenselect.integrations.passes import plan_pass
-from tokenselect.integrations.steady import SteadyPass, SteadySteps
+from tokenselect.integrations.steady import SteadySteps
 from tokenselect.integrations.steps import Steps, quicken_linears
 from tokenselect.integrations.undo import override, put_back
 from tokenselect.offload import make_layer
@@ -161,18 +161,17 @@ class TokenSelect:
         outputs = []
         chunks = self._chunks(past, past + length)
         shapes = Counter(end - start for start, end in chunks)
-        try:
-            for start, end in chunks:
-                is_frequent = length == 1 or shapes[end - start] >= _WORTH_TRACING
-                owner.traced = is_frequent and not torch.is_autocast_enabled(inputs.device.type)
-                owner.plan = self._plan(cache.layers, padding, start, end, past + length)
+        for start, end in chunks:
+            is_frequent = length == 1 or shapes[end - start] >= _WORTH_TRACING
+            owner.traced = is_frequent and not torch.is_autocast_enabled(inputs.device.type)
+            owner.plan = self._plan(cache.layers, padding, start, end, past + length)
+            try:
                 outputs.append(original(**_slice_inputs(kwargs, past, start, end)))
-                if self.on_prefill and length > 1:
-                    self.on_prefill(end - past, length)
-        finally:
-            if isinstance(owner.plan, SteadyPass):
-                self._steady.lock.release()
-            owner.plan = None
+            finally:
+                owner.plan.end()
+                owner.plan = None
+            if self.on_prefill and length > 1:
+                self.on_prefill(end - past, length)
         merged = _merge(outputs, cache if keeps_cache else None)
         return merged.to_tuple() if as_tuple else merged
 
