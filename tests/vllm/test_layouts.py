@@ -6,22 +6,19 @@ Tensor and pipeline parallelism, two replicas, and two "nodes", which find each 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.vllm.engines import SETTINGS, prompt, save_model
+from tests.vllm.servers import started, wait_until_healthy
 
 PROMPTS = [prompt(length, length, 49_152) for length in (5, 70, 300, 1000, 4097)]
 TOKENS = 12
@@ -68,7 +65,7 @@ def test_two_nodes_write_what_one_writes(model: Path, alone: list[list[int]], tm
     meeting += ["--tensor-parallel-size", "2"]
     with ExitStack() as stack:
         follower = [*meeting, "--node-rank", "1", "--headless"]
-        stack.enter_context(started(model, tmp_path / "follower", *follower, VLLM_CPU_OMP_THREADS_BIND="1"))
+        stack.enter_context(serving(model, tmp_path / "follower", *follower, VLLM_CPU_OMP_THREADS_BIND="1"))
         leader = [*meeting, "--node-rank", "0"]
         port = stack.enter_context(server(model, tmp_path / "leader", *leader, VLLM_CPU_OMP_THREADS_BIND="0"))
         assert answers(port) == alone
@@ -78,34 +75,19 @@ def test_two_nodes_write_what_one_writes(model: Path, alone: list[list[int]], tm
 def server(model: Path, folder: Path, *flags: str, **environment: str) -> Iterator[int]:
     """A server that answers, and its port."""
     port = free_port()
-    with started(model, folder, *flags, "--port", str(port), **environment) as process:
-        deadline = time.monotonic() + 300
-        while not _is_healthy(port):
-            said = (folder / "log").read_text()
-            assert process.poll() is None, said
-            assert time.monotonic() < deadline, said
-            time.sleep(0.5)
+    with serving(model, folder, *flags, "--port", str(port), **environment) as process:
+        wait_until_healthy(process, port, folder / "log")
         yield port
 
 
-@contextmanager
-def started(model: Path, folder: Path, *flags: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`tokenselect serve`, which is ended at last."""
-    command = ["serve", str(model), "--dtype", "float32", "--enforce-eager", "--max-model-len", "8192"]
-    command += ["--max-num-seqs", "8", "--block-size", "32", "--tokenselect", json.dumps(SETTINGS), *flags]
-    shell = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
+def serving(
+    model: Path, folder: Path, *flags: str, **environment: str
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """A process that serves the model."""
     folder.mkdir(exist_ok=True)
-    with (folder / "log").open("wb") as log:
-        program = Path(sys.executable).with_name("tokenselect")
-        process = subprocess.Popen([program, *command], stdout=log, stderr=log, env=shell)
-        try:
-            yield process
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    given = [str(model), "--dtype", "float32", "--enforce-eager", "--max-model-len", "8192", "--max-num-seqs", "8"]
+    given += ["--block-size", "32", "--tokenselect", json.dumps(SETTINGS), *flags]
+    return started(folder / "log", *given, **environment)
 
 
 def answers(port: int) -> list[list[int]]:
@@ -122,14 +104,6 @@ def _complete(port: int, ids: list[int]) -> list[int]:
     with urllib.request.urlopen(request, timeout=300) as answer:
         written: list[int] = json.load(answer)["choices"][0]["token_ids"]
     return written
-
-
-def _is_healthy(port: int) -> bool:
-    try:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
-    except OSError:
-        return False
-    return True
 
 
 def free_port() -> int:

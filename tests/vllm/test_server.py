@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.vllm.servers import started, wait_until_healthy
 
 PORT = 8719
 URL = f"http://127.0.0.1:{PORT}"
@@ -29,34 +29,11 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, traces: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The embedded model, served."""
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    command = ["serve", "--trace-folder", str(traces), "--port", str(PORT), "--max-model-len", "33000"]
-    command.append("--enforce-eager")
+    flags = ["--trace-folder", str(traces), "--port", str(PORT), "--max-model-len", "33000", "--enforce-eager"]
     log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [Path(sys.executable).with_name("tokenselect"), *command], stdout=out, stderr=out, env=environment
-        )
-        try:
-            _wait(process, log)
-            yield process
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(600):
-        assert process.poll() is None, log.read_text()
-        try:
-            urllib.request.urlopen(f"{URL}/health")
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise TimeoutError(log.read_text())
+    with started(log, *flags) as process:
+        wait_until_healthy(process, PORT, log)
+        yield process
 
 
 def _post(body: bytes) -> tuple[int, Any]:
