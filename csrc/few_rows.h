@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kChunk = 128;   // keys whose logits exist at once
 constexpr int64_t kFewRows = 16;  // up to so many rows, packing the keys costs more than it saves
-constexpr int64_t kLeastSplit = 256;
+constexpr int64_t kLeastSplit = 128;  // keys that a part has at least
 
 struct Running {
   float most, sum;
@@ -156,17 +156,24 @@ void merge_splits(const Head& h, int64_t splits, float* sums, const Running* sta
   }
 }
 
+// Parts that the keys of each head are cut into so that no thread waits long for another, and as few as that takes.
+int64_t best_splits(int64_t heads, int64_t length, int64_t threads) {
+  auto rounds = [&](int64_t splits) { return (heads * splits + threads - 1) / threads; };  // of all threads at once
+  int64_t best = 1;
+  for (int64_t splits = 2; splits * kLeastSplit <= length && heads * splits <= 4 * threads + heads; splits++)
+    if (rounds(splits) * best < rounds(best) * splits) best = splits;
+  return best;
+}
+
 // Blocks first .. last - 1, each of at most kFewRows rows.
 void attend_small_blocks(const AttentionArgs& a, int64_t first, int64_t last) {
   const int64_t heads = (last - first) * a.num_kv_heads;
-  const int64_t wanted = (4 * num_threads() + heads - 1) / heads;
   int64_t longest = 0;
   for (int64_t b = first; b < last; b++) {
     const int64_t length = a.slot_start_loc[b + 1] - a.slot_start_loc[b];
     longest = length > longest ? length : longest;
   }
-  const int64_t most = num_threads() == 1 ? 1 : (longest + kLeastSplit - 1) / kLeastSplit;
-  const int64_t splits = wanted < most ? wanted : most > 0 ? most : 1;
+  const int64_t splits = best_splits(heads, longest, num_threads());
   const int64_t per_head = splits * kFewRows;
   float* sums = (float*)scratch(0, heads * per_head * a.head_dim * sizeof(float));
   Running* states = (Running*)scratch(1, heads * per_head * sizeof(Running));
