@@ -33,7 +33,7 @@ demo: $(VENV)/.package $(VENV)/.data  ## find facts in documents twice as long a
 # On the machine with the GPU, with the Python that has its PyTorch and Triton: nothing is installed or fetched.
 test-gpu:  ## the Triton kernels and the offloaded cache, tested on the GPU itself
 	PYTHONPATH=src $(PYTHON) -m pytest tests/ops/test_gpu.py tests/ops/test_gpu_norm.py tests/ops/test_resident.py tests/test_offload.py \
-		tests/integrations/test_captured.py
+		tests/integrations/test_captured.py tests/integrations/test_remembered.py tests/integrations/test_steady.py
 
 bench-gpu:  ## one layer's attention and a 7B-shaped model on the GPU against dense attention: about five minutes
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu

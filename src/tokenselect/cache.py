@@ -42,6 +42,14 @@ class Buffers:
     copy: Int8Copy | None = None
     pages: PageTable | None = None  # of these buffers
     states: list[SelectionState] = field(default_factory=list)
+    remembered: Any = None  # by the device, which may know more than the states; see integrations.remembered
+
+    def forget_rows(self) -> None:
+        """Bring the states up to date: sequences take other rows."""
+        self.pages = None
+        if self.remembered is not None:
+            self.remembered.give(self.states)
+            self.remembered = None
 
 
 @dataclass(slots=True)
@@ -113,6 +121,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_sliding = False
     is_croppable = True
+    fetches_rows = False  # rows lie elsewhere and must be brought to be attended
 
     def __init__(self, owner: Owner, index: int = 0) -> None:
         self.owner, self.index = owner, index
@@ -132,8 +141,11 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def states(self) -> list[SelectionState]:
-        """What the layer remembers of each sequence of the batch."""
-        return [] if self._own is None else self._own.states
+        """What the layer remembers of each sequence of the batch; waits for a device that knows more."""
+        own = self._own
+        if own is not None and own.remembered is not None:
+            own.remembered.give(own.states)
+        return [] if own is None else own.states
 
     @property
     def most_rows(self) -> int:
@@ -204,7 +216,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         self._moves()
         own.keys = self._enlarged(own.keys, own.length, capacity)
         own.values = self._enlarged(own.values, own.length, capacity)
-        own.pages = None
+        own.forget_rows()
 
     def _enlarged(self, buffer: Tensor, length: int, capacity: int) -> Tensor:
         batch, heads, _, dim = buffer.shape
@@ -274,17 +286,31 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         own = self._own
         assert own is not None
         copy = [] if own.copy is None else [own.copy.integers, own.copy.scales, own.copy.center]
-        return [own.keys, own.values, *copy]
+        kept = [] if own.remembered is None else own.remembered.places()
+        return [own.keys, own.values, *copy, *kept]
 
-    def count_one(self, num_attended: int, padding: list[int]) -> None:
-        """Note that the device wrote a token of each sequence, whose query attended so many."""
+    def remembered(self, padding: list[int], make: Callable[[list[int]], Any]) -> Any:
+        """What the device remembers, from now on more than our states; made of the rows of the first tokens."""
+        own = self._own
+        assert own is not None
+        batch, heads, capacity, _ = own.keys.shape
+        firsts = [i * heads * capacity + pad for i, pad in zip(range(batch), padding, strict=True)]
+        if own.remembered is None or own.remembered.firsts != firsts:
+            own.forget_rows()
+            own.remembered = make(firsts)
+        own.remembered.take(own.states)
+        return own.remembered
+
+    def count_one(self, num_attended: int | None, padding: list[int]) -> None:
+        """Note that the device wrote a token of each sequence, whose query attended so many; None: it counts itself."""
         own = self._own
         assert own is not None
         own.length += 1
         if own.copy is not None:
             own.copy.lengths = [own.length] * len(padding)
-        for state, pad in zip(own.states, padding, strict=True):
-            state.count(1, num_attended, own.length - pad)
+        if num_attended is not None:
+            for state, pad in zip(own.states, padding, strict=True):
+                state.count(1, num_attended, own.length - pad)
 
     def _read(self, sequence: int, start: int, end: int) -> Tensor:
         """Raw keys [Hkv, end - start, D] of a sequence, padding counted, on the device."""
@@ -327,7 +353,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         self._own.length = max(0, self._own.length + tokens_to_remove)
         if self._own.copy is not None:
             self._own.copy.lengths = [min(length, self._own.length) for length in self._own.copy.lengths]
-        for state in self._own.states:
+        for state in self.states:
             state.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -352,7 +378,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         rows = rows.to(self.device)
         own.keys = self._taken(own.keys, rows, own.length)
         own.values = self._taken(own.values, rows, own.length)
-        own.pages = None
+        own.forget_rows()
         own.copy = own.copy and own.copy.take(rows)
         own.states = [copy.copy(own.states[row]) for row in rows.tolist()]
 

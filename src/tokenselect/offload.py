@@ -60,6 +60,8 @@ class OffloadedLayer(RawKeyLayer):
         num_resident: rows per sequence that stay on the device.
     """
 
+    fetches_rows = True
+
     def __init__(self, owner: Owner, index: int, ops: Backend, num_resident: int) -> None:
         super().__init__(owner, index)
         self.ops, self.num_resident = ops, num_resident

@@ -33,8 +33,9 @@ CONFIGS = {
     "whole at first": NARROW.replace(num_dense_tokens=70),
     "covered": NARROW.replace(num_selected_tokens=180),
     "offloaded": NARROW.replace(kv_offload=True),
+    "caching, offloaded": NARROW.replace(reuse_threshold=0.5, kv_offload=True),
 }
-STEADY = ("selecting", "offloaded", "bf16 keys", "one distance", "by distance", "block in window", "whole at first")
+STEADY = [name for name in CONFIGS if name != "covered"]
 
 
 def on_gpu(config: Any) -> PreTrainedModel:
@@ -107,11 +108,12 @@ def test_same_logits(
         check(made, written(model, DynamicCache(), prompt(60, batch), 20))
 
 
+@pytest.mark.parametrize("name", ["selecting", "caching"])
 def test_many_steps_through_growth_and_a_second_cache(
-    model: PreTrainedModel, seen: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, name: str, seen: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run() -> list[Tensor]:
-        with TokenSelect(model, NARROW):
+        with TokenSelect(model, CONFIGS[name]):
             first, second = DynamicCache(), DynamicCache()
             out = [written(model, first, prompt(200), 70)]
             out.append(written(model, second, prompt(90), 5))
@@ -158,8 +160,9 @@ def test_rows_written_by_one_launch_are_those_of_the_positions(
     assert counts[0] == counts[1]
 
 
-def test_a_cache_that_is_dropped_is_freed(model: PreTrainedModel) -> None:
-    with TokenSelect(model, NARROW):
+@pytest.mark.parametrize("name", ["selecting", "caching"])
+def test_a_cache_that_is_dropped_is_freed(model: PreTrainedModel, name: str) -> None:
+    with TokenSelect(model, CONFIGS[name]):
         cache = DynamicCache()
         written(model, cache, prompt(60), 6)
         kept = weakref.ref(cache.layers[0])
@@ -177,15 +180,16 @@ def test_sliding_layers_beside_it(seen: dict[str, int], monkeypatch: pytest.Monk
         check(made, written(gemma, DynamicCache(config=gemma.config), prompt(60), 20))
 
 
-def test_beams_and_counts(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["selecting", "caching"])
+def test_beams_and_counts(model: PreTrainedModel, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def run() -> tuple[list[int], list[int]]:
         cache = DynamicCache()
-        with TokenSelect(model, NARROW):
+        with TokenSelect(model, CONFIGS[name]):
             ids = prompt(60)
             model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False)
             beams = model.generate(ids, max_new_tokens=12, num_beams=3, do_sample=False)
             state = cache.layers[0].states[0]
-            return beams[0].tolist(), [state.attended, state.available, state.lookups]
+            return beams[0].tolist(), [state.attended, state.available, state.lookups, state.hits]
 
     made = run()
     plainly(monkeypatch)
@@ -244,8 +248,9 @@ def test_two_threads(model: PreTrainedModel) -> None:
         check(results[length], logits)
 
 
-def test_no_step_waits_for_the_device(model: PreTrainedModel) -> None:
-    with TokenSelect(model, NARROW), torch.no_grad():
+@pytest.mark.parametrize("name", ["selecting", "caching"])
+def test_no_step_waits_for_the_device(model: PreTrainedModel, name: str) -> None:
+    with TokenSelect(model, CONFIGS[name]), torch.no_grad():
         cache = DynamicCache()
         written(model, cache, prompt(60), 6)
         token = prompt(1)

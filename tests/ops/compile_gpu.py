@@ -21,6 +21,10 @@ from triton.runtime.jit import JITFunction
 
 from tokenselect.ops import gpu, reference
 from tokenselect.ops.gpu import around
+from tokenselect.ops.gpu.attention import attend_steps
+from tokenselect.ops.gpu.reuse import decide_reuse
+from tokenselect.ops.gpu.score import Spans, score_tokens
+from tokenselect.ops.gpu.topk import topk_tokens
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
@@ -39,8 +43,8 @@ def compile_for(target: GPUTarget) -> Any:
     def run(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        constants = {p.name: given[p.name] for p in self.params if p.is_constexpr}
-        signature = {p.name: "constexpr" if p.is_constexpr else type_of(given[p.name]) for p in self.params}
+        constants = {p.name: given[p.name] for p in self.params if p.is_constexpr or given[p.name] is None}
+        signature = {p.name: "constexpr" if p.name in constants else type_of(given[p.name]) for p in self.params}
         divisible = {
             (i,): [["tt.divisibility", 16]]
             for i, p in enumerate(self.params)
@@ -82,6 +86,28 @@ def big_attention(own: int, dtype: torch.dtype) -> Sparse:
     return Sparse(sequences, contiguous(sequences, False), queries, [(0, list(range(1000)), own)], cos, sin, {})
 
 
+def steady_step() -> None:
+    """A decode step that finds out by itself which of two sequences selects anew."""
+    served, positions, firsts = torch.zeros(2, dtype=torch.int64), torch.tensor([900, 800]), torch.tensor([0, 1000])
+    slots, bounds = torch.zeros((2, 200), dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
+    queries, numbers = torch.randn(2, 28, 128, dtype=torch.bfloat16), torch.zeros((6, 2), dtype=torch.int64)
+    decide_reuse(
+        queries, queries.float(), numbers, positions, firsts, slots, bounds,
+        num_sinks=16, num_local=32, num_own=1, num_selected=64, parts=4, threshold=0.9,
+    )  # fmt: skip
+    case = big_votes(2, torch.bfloat16)
+    spans = Spans([1000] * 2, [1] * 2, 2000, torch.tensor([0, 772, 1544]))
+    given = (case.queries, case.cache.keys, case.cache.pages, case.of, case.candidates, case.views, case.scale)
+    votes, start_loc = score_tokens(*given, spans=spans, served=served)
+    topk_tokens(votes, start_loc, 64, 1000, into=slots[:, 16:80], firsts=firsts, served=served)
+    keys, rotation = case.cache.keys, angles(200, 64)
+    for if_served in (False, True):
+        attend_steps(
+            queries, keys, keys, slots.flatten(), bounds, 200, *rotation, 0.1, torch.empty_like(queries),
+            served=served, if_served=if_served,
+        )  # fmt: skip
+
+
 def main(backend: str, arch: str) -> None:
     target = GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
     if backend == "hip":
@@ -104,6 +130,7 @@ def main(backend: str, arch: str) -> None:
             big_attention(own, dtype).run(gpu)  # type: ignore[arg-type]
     options = {"softcap": 50.0, "sink_logits": torch.randn(6), "interleaved": True}
     sparse_case("page3", (6, 2), 80, torch.float16, None, **options).run(gpu)  # type: ignore[arg-type]
+    steady_step()
     for name, kernel in compiled.items():
         show(name, kernel, backend)
 

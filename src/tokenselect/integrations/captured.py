@@ -95,11 +95,11 @@ class Captured:
         stand_in = plan.layer(cache_layer)
         whole = self._whole
         if whole is None or not whole.serves(stand_in):
-            self._whole = _Whole(stand_in)  # the first step there compiles what a graph cannot
-            result = self.bound(hidden, stand_in)
+            result = self.bound(hidden, stand_in)  # the first step there compiles what a graph cannot
+            self._whole = _Whole(stand_in)
         else:
             result = whole(self.bound, hidden, stand_in, self.shared)
-        cache_layer.count_one(plan.tables.num_attended, plan.tables.padding)
+        stand_in.count()
         return result
 
 
@@ -172,13 +172,13 @@ class _Whole:
     """One graph: a layer with the attention of a steady step, for a cache at one place, which it does not keep."""
 
     def __init__(self, stand_in: SteadyLayer) -> None:
-        self.place, self.tables = stand_in.place, stand_in.tables
+        self.place, self.tables = stand_in.place(), stand_in.tables
         self.recorder: _Recorder | None = None
         self.has_failed = False
 
     def serves(self, stand_in: SteadyLayer) -> bool:
         """Whether the graph reads and writes what this step must."""
-        return self.place == stand_in.place and self.tables is stand_in.tables
+        return self.place == stand_in.place() and self.tables is stand_in.tables
 
     def __call__(self, bound: Any, hidden: Tensor, stand_in: SteadyLayer, shared: Shared) -> Any:
         if self.recorder is None and not self.has_failed:

@@ -2,12 +2,14 @@
 
 Of sequences beyond the budget every step attends as many tokens, and the grids of scoring may be as large as the
 cache. What is left is a few numbers and the distances of runs of keys, which all layers share; they are written once a
-step. Selections are those of `selection.select_tokens` up to the rounding of votes.
+step. With the Selection Cache each layer finds out on the device which sequences its last selection serves: these
+attend at once while the others select. Selections are those of `selection.select_tokens` up to the rounding of votes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from threading import Lock
 from typing import Any, cast
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from tokenselect.cache import RawKeyLayer
 from tokenselect.config import TokenSelectConfig
+from tokenselect.integrations.remembered import Attended, Remembered
 from tokenselect.ops import Backend, gpu
 from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import Distances
@@ -40,16 +43,24 @@ class Tables:
     ) -> None:
         self.config, self.table, self.max_distance = config, table, max_distance
         self.cache, self.padding, (batch, heads, self.capacity, _) = tuple(cache), padding, cache
-        device = table.cos.device
+        device, sinks, k = table.cos.device, config.num_sink_tokens, config.num_selected_tokens
         self.sequences = torch.arange(batch, device=device)
         self.pages = PageTable(self.sequences[:, None] * heads, self.capacity, padding)
-        self.num_attended = config.dense_limit + (0 if config.local_includes_block else 1)
-        self.bounds = torch.arange(batch + 1), torch.arange(batch + 1) * self.num_attended
+        self.selected = slice(sinks, sinks + k)  # of the slots that a sequence attends
+        self.num_own = 0 if config.local_includes_block else 1
+        self.num_attended = config.dense_limit + self.num_own
+        self.num_slots = max(self.num_attended, sinks + k + 2 * config.num_local_tokens * config.reuse)
         self.numbers = torch.zeros(9 * batch + 2, dtype=torch.int64, device=device)
         sizes = [1, batch, batch, batch + 1, 2 * batch, 4 * batch]
         parts = cast("tuple[Tensor, ...]", cast("Any", self.numbers).split(sizes))
-        self.column, self.positions, self.slots, self.start_loc, candidates, self.blocks = parts
+        self.column, self.positions, self.written, self.start_loc, candidates, bounds = parts
         self.candidates = candidates.view(batch, 2)
+        first = self.sequences[:, None] * heads * self.capacity + torch.tensor(padding, device=device)[:, None]
+        self.first_candidate = (first + sinks).flatten()
+        self.attended = Attended(first + torch.arange(self.num_slots, device=device), bounds)
+        self.ages = torch.arange(sinks + k + 1 - self.num_attended, 1, device=device)  # of the local window's tokens
+        cuda: Any = torch.cuda
+        self.aside = cuda.Stream(device) if device.type == "cuda" else None  # for what need not be waited for
         self.cos, self.sin = table.rotation(slice(config.budget), torch.float32)
         self.distances: list[Distances] = []
         if config.scoring in ("mix", "position_free"):
@@ -75,9 +86,10 @@ class Tables:
         values = [column, *positions, *(i * heads * capacity + column for i in range(batch))]
         values += accumulate((window - sinks for window in windows), initial=0)
         values += [at for window in windows for at in (sinks, window)]
-        n = self.num_attended
-        values += [at for i, window in enumerate(windows) for at in (i, window, i * n, n)]
+        values += [at for i in range(batch) for at in (i, 1, i * self.num_slots, self.num_attended)]
         self.numbers.copy_(torch.tensor(values), non_blocking=True)
+        if not self.config.reuse:  # else every layer has slots of its own
+            self.attended.slots[:, self.selected.stop :] = self.written[:, None] + self.ages
         if self.config.scoring != "position_free":
             view = self.distances[-1]
             nearest = (self.run_ends + self.positions[:, None]).clamp(min=0).flatten()
@@ -109,12 +121,24 @@ class SteadyLayer:
 
     def __init__(self, tables: Tables, layer: RawKeyLayer) -> None:
         self.tables, self.layer = tables, layer
-        self.place = [(part.data_ptr(), part.shape) for part in layer.places()]
+        self.remembered: Remembered | None = None
+        if tables.config.reuse:
+            make = partial(Remembered, num_slots=tables.num_slots, selected=tables.selected, device=layer.device)
+            self.remembered = layer.remembered(tables.padding, make)
+
+    def place(self) -> list[tuple[int, torch.Size]]:
+        """Where everything lies that a step reads and writes."""
+        return [(part.data_ptr(), part.shape) for part in self.layer.places()]
+
+    def count(self) -> None:
+        """Note that a step was made."""
+        tables = self.tables
+        self.layer.count_one(None if tables.config.reuse else tables.num_attended, tables.padding)
 
     def update(self, key: Tensor, value: Tensor) -> None:
         """Write the tokens' keys and values [B, Hkv, 1, D], and the keys' int8 copy."""
         tables, key = self.tables, key[:, :, 0]
-        gpu.move_rows(key, value[:, :, 0].to(key.dtype), tables.sequences, tables.slots, *self.layer.rows())
+        gpu.move_rows(key, value[:, :, 0].to(key.dtype), tables.sequences, tables.written, *self.layer.rows())
         if (copy := self.layer.int8_copy) is not None:
             alone = key.shape[0] == 1
             made = gpu.quantize_rows(key, copy.center[0]) if alone else gpu.quantize_rows(key.float() - copy.center)
@@ -123,28 +147,66 @@ class SteadyLayer:
 
     def attend(self, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
         """Attention [B, 1, Hq, D] of queries [B, Hq, 1, D]."""
-        from tokenselect.ops.gpu.around import slots_to_attend
+        flat, tables = query[:, :, 0], self.tables
+        out = torch.empty_like(flat, memory_format=torch.contiguous_format)
+        attended = self._decide(flat)
+        extras = {"interleaved": tables.table.interleaved, "softcap": softcap, "sink_logits": sinks}
+        attend = partial(self._attend, attended, flat, scale, out, **extras)
+        if attended.served is None or self.layer.fetches_rows or tables.aside is None:
+            self._select(attended, flat, scale)
+            attend()
+        else:  # who is served does not wait for who selects, nor for kernels that find nothing to do
+            here = torch.cuda.current_stream(flat.device)
+            tables.aside.wait_stream(here)
+            with torch.cuda.stream(tables.aside):
+                self._select(attended, flat, scale)
+                attend(served=attended.served)
+            attend(served=attended.served, if_served=True)
+            here.wait_stream(tables.aside)
+        return out[:, None]
+
+    def _decide(self, queries: Tensor) -> Attended:
+        """What is attended, but for the tokens that must be selected anew."""
+        from tokenselect.ops.gpu.reuse import decide_reuse
+
+        tables, config, last = self.tables, self.tables.config, self.remembered
+        if last is None:
+            return tables.attended
+        decide_reuse(
+            queries, last.last_queries(queries), last.numbers, tables.positions, last.first,
+            last.attended.slots, last.attended.bounds,
+            num_sinks=config.num_sink_tokens, num_local=config.num_local_tokens, num_own=tables.num_own,
+            num_selected=config.num_selected_tokens, threshold=config.reuse_threshold,
+            parts=tables.cache[1] if config.reuse_test == "group_min" else 1,
+        )  # fmt: skip
+        return last.attended
+
+    def _select(self, attended: Attended, queries: Tensor, scale: float) -> None:
+        """Let those select that must, into the slots that are attended."""
         from tokenselect.ops.gpu.score import Spans, score_tokens
         from tokenselect.ops.gpu.topk import topk_tokens
 
-        tables, config = self.tables, self.tables.config
-        flat, (batch, _, capacity, _) = query[:, :, 0], tables.cache
+        tables, config, (batch, _, capacity, _) = self.tables, self.tables.config, self.tables.cache
         spans = Spans([capacity] * batch, [1] * batch, batch * capacity, tables.start_loc)
         keys, key_scales, center = self.layer.scored_rows()
         votes, _ = score_tokens(
-            flat, keys, tables.pages, tables.sequences, tables.candidates, tables.distances,
-            vote_scale(scale, tables.table, config), None, key_scales, center, spans,
+            queries, keys, tables.pages, tables.sequences, tables.candidates, tables.distances,
+            vote_scale(scale, tables.table, config), None, key_scales, center, spans, attended.served,
         )  # fmt: skip
-        chosen = topk_tokens(votes, tables.start_loc, config.num_selected_tokens, capacity)
-        sizes = batch * tables.num_attended, config.num_sink_tokens, tables.num_attended
-        slots = slots_to_attend(chosen, tables.pages, tables.blocks, *sizes)
-        keys, values, rows = self.layer.attended_rows(slots)
-        query_bounds, slot_bounds = tables.bounds
-        out = gpu.sparse_attention(
-            flat, keys, values, query_bounds, rows, slot_bounds, tables.cos, tables.sin, scale,
-            interleaved=tables.table.interleaved, softcap=softcap, sink_logits=sinks,
+        topk_tokens(
+            votes, tables.start_loc, config.num_selected_tokens, capacity,
+            into=attended.slots[:, tables.selected], firsts=tables.first_candidate, served=attended.served,
         )  # fmt: skip
-        return out[:, None]
+
+    def _attend(self, attended: Attended, queries: Tensor, scale: float, out: Tensor, **options: Any) -> None:
+        from tokenselect.ops.gpu.attention import attend_steps
+
+        tables = self.tables
+        keys, values, rows = self.layer.attended_rows(attended.slots.flatten())
+        rotation = tables.cos, tables.sin, scale
+        attend_steps(
+            queries, keys, values, rows, attended.bounds, tables.num_slots, *rotation, out, **options
+        )  # fmt: skip
 
 
 class SteadySteps:
@@ -158,7 +220,7 @@ class SteadySteps:
 
     def __init__(self, config: TokenSelectConfig, ops: Backend, max_distance: int) -> None:
         self.config, self.max_distance = config, max_distance
-        plain = not (config.reuse or config.head_weights or config.smoothing_window > 1)
+        plain = not (config.head_weights or config.smoothing_window > 1)
         backend: Any = ops
         self.can = backend is gpu and plain and config.num_selected_tokens > 0
         self._lock = Lock()  # the tables are those of one step at a time

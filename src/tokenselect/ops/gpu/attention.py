@@ -56,30 +56,51 @@ def sparse_attention(
     """See `ops.reference.sparse_attention`."""
     query_bounds, slot_bounds = tuple(on_host(query_start_loc)), tuple(on_host(slot_start_loc))
     few, many = _split(query_bounds, slot_bounds, queries.shape[1] // keys.shape[1])
-    queries = queries.contiguous()
     has_padding = query_bounds[0] > 0 or query_bounds[-1] < queries.shape[0]
     if out is None:
-        out = torch.empty_like(queries)
+        out = torch.empty_like(queries, memory_format=torch.contiguous_format)
     if has_padding:
         out.zero_()
-    call = _Call(
-        queries,
-        _rows(keys),
-        _rows(values),
-        slots,
-        cos.contiguous(),
-        sin.contiguous(),
-        scale,
-        interleaved,
-        softcap,
-        None if sink_logits is None else sink_logits.float().contiguous(),
-        out,
-    )
+    rotation, extras = (cos, sin, scale), (interleaved, softcap, sink_logits)
+    call = _Call.of(queries, keys, values, slots, *rotation, *extras, out)
     if few.bounds:
-        call.attend_few(few)
+        call.attend_few(few.most_queries, few.most_slots, on_device(few.bounds, queries.device))
     if many.bounds:
         call.attend_many(many)
     return out
+
+
+def attend_steps(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    bounds: Tensor,
+    most_slots: int,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    out: Tensor,
+    *,
+    interleaved: bool = False,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    served: Tensor | None = None,
+    if_served: bool = False,
+) -> None:
+    """`sparse_attention` of blocks of one query, where the device alone knows how many slots each attends.
+
+    Args:
+        queries, keys, values, slots, cos, sin, scale, interleaved, softcap, sink_logits: as there.
+        bounds: [4 * num_blocks] int64; of each block its query, 1, where its slots begin, how many it attends.
+        most_slots: that a block attends.
+        out: [num_queries, num_q_heads, head_dim], contiguous; written to.
+        served: [num_blocks] int64, not 0 for blocks that attend only `if_served`; the others do only otherwise.
+        if_served: which blocks attend; without `served` all do where it is false.
+    """
+    rotation, extras = (cos, sin, scale), (interleaved, softcap, sink_logits)
+    call = _Call.of(queries, keys, values, slots, *rotation, *extras, out)
+    call.attend_few(1, most_slots, bounds, served, if_served)
 
 
 @functools.lru_cache(maxsize=64)
@@ -122,28 +143,54 @@ class _Call:
     sink_logits: Tensor | None
     out: Tensor
 
-    def attend_few(self, blocks: _Blocks) -> None:
+    @classmethod
+    def of(
+        cls,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scale: float,
+        interleaved: bool,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+        out: Tensor,
+    ) -> _Call:
+        """Make the arguments contiguous."""
+        sinks = None if sink_logits is None else sink_logits.float().contiguous()
+        rows, rotation = (_rows(keys), _rows(values), slots), (cos.contiguous(), sin.contiguous(), scale)
+        return cls(queries.contiguous(), *rows, *rotation, interleaved, softcap, sinks, out)
+
+    def attend_few(
+        self,
+        most_queries: int,
+        most_slots: int,
+        bounds: Tensor,
+        served: Tensor | None = None,
+        if_served: bool = False,
+    ) -> None:
         """Split the slots of every block over programs, then join what they found."""
         (_, heads, dim), num_kv_heads, device = self.queries.shape, self.keys.shape[1], self.keys.device
-        group, count = heads // num_kv_heads, len(blocks.starts)
-        splits = max(1, min(_PROGRAMS // (count * num_kv_heads), -(-blocks.most_slots // _FEW_KEYS)))
-        rows, padded = max(16, _power_of_2(blocks.most_queries * group)), max(16, _power_of_2(dim))
+        group, count = heads // num_kv_heads, bounds.shape[0] // 4
+        splits = max(1, min(_PROGRAMS // (count * num_kv_heads), -(-most_slots // _FEW_KEYS)))
+        rows, padded = max(16, _power_of_2(most_queries * group)), max(16, _power_of_2(dim))
         parts = torch.empty((count, num_kv_heads, splits, rows, padded), dtype=torch.float32, device=device)
         sums = torch.empty((count, num_kv_heads, splits, rows, 2), dtype=torch.float32, device=device)
-        bounds = on_device(blocks.bounds, device)
         attend_few[count, num_kv_heads, splits](
             self.queries, self.keys, self.values, self.slots, self.cos, self.sin, bounds,
-            parts, sums, self.scale, self.softcap or 1.0, *self._strides(), splits,
+            served, parts, sums, self.scale, self.softcap or 1.0, *self._strides(), splits,
             D=dim, DP=padded, HALF=self.cos.shape[1], GROUP=group, ROWS=rows, BLOCK_N=_FEW_KEYS,
             INTERLEAVED=self.interleaved, HALVES=self._has_halves(), HAS_CAP=bool(self.softcap),
-            PRECISION=precision(self.queries), num_warps=_FEW_WARPS,
-            num_stages=1, **overlap(device),
+            PRECISION=precision(self.queries), IF_SERVED=if_served, num_warps=_FEW_WARPS, num_stages=1,
+            **overlap(device),
         )  # fmt: skip
         sinks = sums if self.sink_logits is None else self.sink_logits
-        join_splits[count, num_kv_heads, blocks.most_queries * group](
-            parts, sums, sinks, bounds, self.out, splits,
+        join_splits[count, num_kv_heads, most_queries * group](
+            parts, sums, sinks, bounds, served, self.out, splits,
             D=dim, DP=padded, GROUP=group, ROWS=rows, SPLITS=_power_of_2(splits),
-            HAS_SINKS=self.sink_logits is not None, num_warps=4, **overlap(device),
+            HAS_SINKS=self.sink_logits is not None, IF_SERVED=if_served, num_warps=4, **overlap(device),
         )  # fmt: skip
 
     def attend_many(self, blocks: _Blocks) -> None:

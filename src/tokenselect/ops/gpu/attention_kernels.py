@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenselect.ops.gpu.device_code import after_predecessor, load_halves, load_rotated
+from tokenselect.ops.gpu.device_code import after_predecessor, is_served, load_halves, load_rotated
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -55,18 +55,20 @@ def _bounds(blocks, b):
 
 @triton.jit
 def attend_few(
-    queries, keys, values, slots, cos, sin, blocks, parts, sums,
+    queries, keys, values, slots, cos, sin, blocks, served, parts, sums,
     scale, softcap, key_stride, key_head_stride, value_stride, value_head_stride, splits,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr, HALVES: tl.constexpr, HAS_CAP: tl.constexpr,
-    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr, IF_SERVED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [blocks, num_kv_heads, splits]: all queries of a KV head over a share of the slots, gathered in place.
 
     Row r is query r // GROUP of the block, query head r % GROUP of the KV head. HALVES: a vector is two halves that
-    turn together, so that no element is loaded twice.
+    turn together, so that no element is loaded twice. Blocks that are `served` attend IF_SERVED, the others otherwise.
     """
     after_predecessor(OVERLAP)
+    if is_served(served, tl.program_id(0)) != IF_SERVED:
+        return
     kv, split = tl.program_id(1), tl.program_id(2)
     num_kv = tl.num_programs(1)
     first, own, begin, length = _bounds(blocks, tl.program_id(0))
@@ -116,12 +118,14 @@ def attend_few(
 
 @triton.jit
 def join_splits(
-    parts, sums, sink_logits, blocks, out, splits,
+    parts, sums, sink_logits, blocks, served, out, splits,
     D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_SINKS: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr, IF_SERVED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [blocks, num_kv_heads, rows]: one row's output from its shares."""
     after_predecessor(OVERLAP)
+    if is_served(served, tl.program_id(0)) != IF_SERVED:
+        return
     kv, r = tl.program_id(1), tl.program_id(2)
     num_kv = tl.num_programs(1)
     first, own, _, _ = _bounds(blocks, tl.program_id(0))

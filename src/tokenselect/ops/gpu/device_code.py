@@ -8,6 +8,7 @@ import triton.language as tl
 __all__ = [
     "after_predecessor",
     "first_slot",
+    "is_served",
     "load_halves",
     "load_rotated",
     "load_rotation",
@@ -22,6 +23,12 @@ def after_predecessor(OVERLAP: tl.constexpr):
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def is_served(served, block):
+    """Whether a block's last selection serves again; never where there is no such memory."""
+    return False if served is None else tl.load(served + block) != 0
 
 
 @triton.jit

@@ -62,8 +62,13 @@ def score_tokens(
     key_scales: Tensor | None = None,
     key_center: Tensor | None = None,
     spans: Spans | None = None,
+    served: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.reference.score_tokens`; `spans` where they, or bounds of them, are known without asking the device."""
+    """See `ops.reference.score_tokens`.
+
+    `spans` is given where they, or bounds of them, are known without asking the device; `served`, [num_blocks] int64,
+    is not 0 for blocks that need no votes, which must not share reads of the keys.
+    """
     candidates = candidates.contiguous()
     context = candidates if context is None else context.contiguous()
     spans = _spans(sequences, candidates, context, pages) if spans is None else spans
@@ -79,6 +84,7 @@ def score_tokens(
         context,
         [_whole(view) for view in distances],
         scale,
+        served,
     )
     for part in _parts(spans, len(distances) * queries.shape[1]):
         call.score(part, spans, votes)
@@ -164,6 +170,7 @@ class _Call:
     context: Tensor
     views: list[Distances]
     scale: float
+    served: Tensor | None
 
     def score(self, part: _Part, spans: Spans, votes: Tensor) -> None:
         """Fill in the votes of some blocks."""
@@ -183,18 +190,19 @@ class _Call:
 
         blocks, own = part.last - part.first, slice(part.first, part.last)
         candidates, context = self.candidates[own], self.context[own]
+        served = None if self.served is None else self.served[own]
         for i, launch in enumerate(launches):
             self._score_views(launch, shape, own, block_t, tiles_each, weights[i], peaks[i], stats[i])
             reduce_rows[groups, num_kv_heads, shape.rows](
-                stats[i], totals[i], context, blocks, shares, tiles_each * block_t, BLOCKS=shape.blocks,
+                stats[i], totals[i], context, served, blocks, shares, tiles_each * block_t, BLOCKS=shape.blocks,
                 ROWS=shape.rows, GROUP_PAD=shape.group_pad, BLOCK=256, num_warps=4, **overlap(device),
             )  # fmt: skip
         tiles_summed = max(1, _TOKEN_ROWS_SUMMED // (block_t * shape.rows))
         sum_votes[groups, -(-num_tiles // tiles_summed)](
-            weights, peaks, totals, candidates, context, spans.start_loc[part.first :], votes, blocks, num_tiles,
-            groups, KV=num_kv_heads, KV_PAD=_power_of_2(num_kv_heads), GROUP=shape.group, GROUP_PAD=shape.group_pad,
-            BLOCKS=shape.blocks, LAUNCHES=len(launches), ROWS=shape.rows, BLOCK_T=block_t, TILES=tiles_summed,
-            num_warps=8, **overlap(device),
+            weights, peaks, totals, candidates, context, served, spans.start_loc[part.first :], votes, blocks,
+            num_tiles, groups, KV=num_kv_heads, KV_PAD=_power_of_2(num_kv_heads), GROUP=shape.group,
+            GROUP_PAD=shape.group_pad, BLOCKS=shape.blocks, LAUNCHES=len(launches), ROWS=shape.rows,
+            BLOCK_T=block_t, TILES=tiles_summed, num_warps=8, **overlap(device),
         )  # fmt: skip
 
     def _launches(self) -> list[tuple[list[Distances], int]]:
@@ -236,17 +244,18 @@ class _Call:
             "GROUP_PAD": shape.group_pad, "BLOCKS": shape.blocks, "BLOCK_T": block_t, "VIEWS": len(views),
             "INTERLEAVED": first.interleaved, "PRECISION": precision(self.keys), **overlap(self.keys.device),
         }  # fmt: skip
+        served = None if self.served is None else self.served[own]
         shifts = peaks
         if self.key_center is not None and how == _BY_TILE:
             shifts = torch.empty_like(peaks)
             score_center[peaks.shape[0], peaks.shape[1], -(-peaks.shape[2] // _CENTERS)](
-                self.queries[own], center, self.sequences[own], *rotations, shifts,
+                self.queries[own], center, self.sequences[own], served, *rotations, shifts,
                 self.scale, own.stop - own.start, peaks.shape[2], last.run_size,
                 **sizes | {"PRECISION": precision(shifts)}, TILES=_CENTERS, num_warps=4, num_stages=1,
             )  # fmt: skip
         score_tiles[peaks.shape[0], peaks.shape[1], stats.shape[2]](
             self.queries[own], self.keys, scales, center, pages.pages, on_device(pages.padding, self.keys.device),
-            self.sequences[own], self.candidates[own], self.context[own],
+            self.sequences[own], self.candidates[own], self.context[own], served,
             *rotations, shifts, weights, peaks, stats,
             self.scale, own.stop - own.start, peaks.shape[2], tiles_each, pages.page_size, last.run_size,
             self.keys.stride(0), self.keys.stride(1), scales.stride(0), scales.stride(1), pages.pages.stride(0),

@@ -4,7 +4,7 @@
 `reduce_rows` finds every row's maximum and sums; `sum_votes` adds the heads. A row is one query head of one block under
 one view of the distances. What belongs to the rows of a group of blocks and a KV head lies together: powers
 [.., tiles * BLOCK_T, ROWS], maxima [.., tiles, ROWS], maximum and sums of a program's share [.., shares, ROWS, 3].
-Logits are in units of log2(e).
+Logits are in units of log2(e). A block whose last selection serves again, `served`, is left as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenselect.ops.gpu.device_code import after_predecessor, first_slot, load_rotation, rotary_pairs, slots_of
+from tokenselect.ops.gpu.device_code import (
+    after_predecessor,
+    first_slot,
+    is_served,
+    load_rotation,
+    rotary_pairs,
+    slots_of,
+)
 
 # How a view rotates: all keys alike, each tile alike, or every key on its own.
 ONCE = tl.constexpr(0)
@@ -60,7 +67,7 @@ def _queries(
 
 @triton.jit
 def score_center(
-    queries, key_center, sequences, cos_0, sin_0, runs_0, cos_1, sin_1, runs_1, shifts,
+    queries, key_center, sequences, served, cos_0, sin_0, runs_0, cos_1, sin_1, runs_1, shifts,
     scale, num_blocks, num_tiles, run_size,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, VIEWS: tl.constexpr, TILES: tl.constexpr,
@@ -71,6 +78,8 @@ def score_center(
     As in `score_tiles`, whose second view rotates each tile alike; that of one tile is a product with its cosines.
     """
     after_predecessor(OVERLAP)
+    if is_served(served, tl.program_id(0) * BLOCKS):
+        return
     ROWS: tl.constexpr = VIEWS * BLOCKS * GROUP_PAD
     first, kv, num_kv = tl.program_id(0) * BLOCKS, tl.program_id(1), tl.num_programs(1)
     view, block, head, is_row = _rows(first, kv, num_blocks, GROUP, GROUP_PAD, BLOCKS, ROWS)
@@ -96,7 +105,7 @@ def score_center(
 
 @triton.jit
 def score_tiles(
-    queries, keys, key_scales, key_center, pages, padding, sequences, candidates, context,
+    queries, keys, key_scales, key_center, pages, padding, sequences, candidates, context, served,
     cos_0, sin_0, runs_0, cos_1, sin_1, runs_1, shifts,
     weights, peaks, stats,
     scale, num_blocks, num_tiles, tiles_each, page_size, run_size,
@@ -113,6 +122,8 @@ def score_tiles(
     the second does; with one it is how that one does, which then comes as the second.
     """
     after_predecessor(OVERLAP)
+    if is_served(served, tl.program_id(0) * BLOCKS):
+        return
     ROWS: tl.constexpr = VIEWS * BLOCKS * GROUP_PAD
     first = tl.program_id(0) * BLOCKS
     kv, share = tl.program_id(1), tl.program_id(2)
@@ -248,11 +259,13 @@ def _turned_back(k, rows, cos, sin, run, d, is_token, HALF: tl.constexpr, INTERL
 
 @triton.jit
 def reduce_rows(
-    stats, totals, context, num_blocks, num_shares, share_size, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    stats, totals, context, served, num_blocks, num_shares, share_size, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
     GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [groups, num_kv_heads, ROWS]: maximum and sums of a row over the shares that its context reaches into."""
     after_predecessor(OVERLAP)
+    if is_served(served, tl.program_id(0) * BLOCKS):
+        return
     r = tl.program_id(2)
     block = tl.minimum(tl.program_id(0) * BLOCKS + r // GROUP_PAD % BLOCKS, num_blocks - 1)
     length = (tl.load(context + 2 * block + 1) - tl.load(context + 2 * block)).to(tl.int32)
@@ -294,12 +307,14 @@ def _view_sums(totals, KV: tl.constexpr, KV_PAD: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def sum_votes(
-    weights, peaks, totals, candidates, context, start_loc, votes, num_blocks, num_tiles, num_groups,
+    weights, peaks, totals, candidates, context, served, start_loc, votes, num_blocks, num_tiles, num_groups,
     KV: tl.constexpr, KV_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCKS: tl.constexpr,
     LAUNCHES: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, TILES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [groups, pieces of TILES tiles]: add the normalised weights of all heads and views."""
     after_predecessor(OVERLAP)
+    if is_served(served, tl.program_id(0) * BLOCKS):
+        return
     group, first_tile = tl.program_id(0), tl.program_id(1) * TILES
     r = tl.arange(0, ROWS)
     tile = first_tile + tl.arange(0, TILES)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenselect.ops.gpu.bounds import is_known, on_host, overlap
-from tokenselect.ops.gpu.device_code import after_predecessor
+from tokenselect.ops.gpu.device_code import after_predecessor, is_served
 
 _LEAST_SLICE, _MOST_SLICE, _SLICES = 4096, 8192, 128  # votes per program, and programs wanted
 _AT_HAND = 4096  # how much of a list a program holds
@@ -38,10 +38,13 @@ def _block(start_loc):
 
 @triton.jit
 def find_maxima(
-    votes, start_loc, maxima, num_listed, num_chunks, SLICE: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr
-):
+    votes, start_loc, served, maxima, num_listed, num_chunks, SLICE: tl.constexpr, CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
     """Grid [num_blocks, slices]: the maximum of every chunk; -1 for chunks of no votes."""
     after_predecessor(OVERLAP)
+    if is_served(served, tl.program_id(0)):
+        return
     start, count = _block(start_loc)
     block, edge = tl.program_id(0), tl.program_id(1) * SLICE
     if tl.program_id(1) == 0:
@@ -96,11 +99,13 @@ def _between(values, first, n, k, most, lane, AT_HAND: tl.constexpr):
 
 @triton.jit
 def list_votes(
-    votes, start_loc, maxima, listed, listed_at, num_listed, num_chunks, k, size,
+    votes, start_loc, served, maxima, listed, listed_at, num_listed, num_chunks, k, size,
     SLICE: tl.constexpr, AT_HAND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [num_blocks, slices]: list, in any order, the votes that reach about the k-th largest maximum."""
     after_predecessor(OVERLAP)
+    if is_served(served, tl.program_id(0)):
+        return
     start, count = _block(start_loc)
     block, edge = tl.program_id(0), tl.program_id(1) * SLICE
     if edge >= count:
@@ -144,20 +149,13 @@ def _last_tie(listed, listed_at, least, ties, n, lane, AT_HAND: tl.constexpr):
 
 @triton.jit
 def write_chosen(
-    votes,
-    start_loc,
-    listed,
-    listed_at,
-    num_listed,
-    out,
-    k,
-    size,
-    SLICE: tl.constexpr,
-    AT_HAND: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    votes, start_loc, served, listed, listed_at, num_listed, out, firsts, k, size, out_stride,
+    SLICE: tl.constexpr, AT_HAND: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """Grid [num_blocks, slices]: the exact threshold, found by every program, and its own slice's choice."""
     after_predecessor(OVERLAP)
+    if is_served(served, tl.program_id(0)):
+        return
     start, count = _block(start_loc)
     block, edge = tl.program_id(0), tl.program_id(1) * SLICE
     if edge >= count:
@@ -185,11 +183,32 @@ def write_chosen(
         before += tl.sum((taken & (more_at < edge)).to(tl.int32), axis=0)
     mine = (bits > least) | ((bits == least) & (offset <= last))
     place = before + tl.cumsum(mine.to(tl.int32), axis=0) - 1
-    tl.store(out + block.to(tl.int64) * k + place, offset.to(tl.int64), mask=mine)
+    found = offset.to(tl.int64)
+    if firsts is not None:
+        found += tl.load(firsts + block)
+    tl.store(out + block.to(tl.int64) * out_stride + place, found, mask=mine)
 
 
-def topk_tokens(votes: Tensor, start_loc: Tensor, k: int, longest: int | None = None) -> Tensor:
-    """See `ops.reference.topk_tokens`; `longest` where the most votes that a block may have are known."""
+def topk_tokens(
+    votes: Tensor,
+    start_loc: Tensor,
+    k: int,
+    longest: int | None = None,
+    into: Tensor | None = None,
+    firsts: Tensor | None = None,
+    served: Tensor | None = None,
+) -> Tensor:
+    """See `ops.reference.topk_tokens`.
+
+    Args:
+        votes: those of all blocks.
+        start_loc: where each block's begin.
+        k: how many are chosen.
+        longest: the most votes that a block may have, where that is known.
+        into: [num_blocks, k] int64, any stride between rows, that is written to and returned.
+        firsts: [num_blocks] int64, added to what is found in each block.
+        served: [num_blocks] int64, not 0 for blocks that are left as they are.
+    """
     votes, blocks, device = votes.contiguous(), start_loc.shape[0] - 1, votes.device
     longest = _longest(votes, start_loc) if longest is None else longest
     size = _LEAST_SLICE if longest <= _LEAST_SLICE * _SLICES else _MOST_SLICE
@@ -198,29 +217,19 @@ def topk_tokens(votes: Tensor, start_loc: Tensor, k: int, longest: int | None = 
     maxima = torch.empty(blocks * (chunks + 1), dtype=torch.int32, device=device)
     num_listed = maxima[blocks * chunks :]
     listed, listed_at = torch.empty((2, blocks, longest), dtype=torch.int32, device=device)
-    out = torch.empty((blocks, k), dtype=torch.int64, device=device)
+    out = torch.empty((blocks, k), dtype=torch.int64, device=device) if into is None else into
     start_loc, grid = start_loc.to(device), (blocks, triton.cdiv(longest, size))
     find_maxima[grid](
-        votes, start_loc, maxima, num_listed, chunks, SLICE=size, CHUNK=chunk, num_warps=8, **overlap(device)
+        votes, start_loc, served, maxima, num_listed, chunks, SLICE=size, CHUNK=chunk, num_warps=8, **overlap(device)
     )
     list_votes[grid](
-        votes, start_loc, maxima, listed, listed_at, num_listed, chunks, k, longest,
+        votes, start_loc, served, maxima, listed, listed_at, num_listed, chunks, k, longest,
         SLICE=size, AT_HAND=min(2 * _AT_HAND, triton.next_power_of_2(chunks)), num_warps=16, **overlap(device),
     )  # fmt: skip
     write_chosen[grid](
-        votes,
-        start_loc,
-        listed,
-        listed_at,
-        num_listed,
-        out,
-        k,
-        longest,
-        SLICE=size,
-        AT_HAND=_AT_HAND,
-        num_warps=8,
-        **overlap(device),
-    )
+        votes, start_loc, served, listed, listed_at, num_listed, out, firsts, k, longest, out.stride(0),
+        SLICE=size, AT_HAND=_AT_HAND, num_warps=8, **overlap(device),
+    )  # fmt: skip
     return out
 
 

@@ -1,0 +1,103 @@
+"""The Selection Cache on a GPU: each step finds out by itself whether the last selection serves again."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokenselect.ops.gpu.bounds import overlap
+from tokenselect.ops.gpu.device_code import after_predecessor
+
+_SLOTS_AT_ONCE = 1024
+
+
+@triton.jit
+def decide(
+    queries, last_queries, numbers, positions, firsts, slots, bounds,
+    threshold, reach, recent, sinks, chosen, num_slots,
+    SIZE: tl.constexpr, AT_ONCE: tl.constexpr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, SLOTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid [sequences]: compare queries, remember what will be new, and write the slots that are not selected."""
+    after_predecessor(OVERLAP)
+    row, batch = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    part, i = tl.arange(0, PARTS_PAD)[:, None], tl.arange(0, AT_ONCE)[None, :]
+    inside = (part < PARTS) & (i < SIZE)
+    place = (row * PARTS + part) * SIZE + i
+    now = tl.load(queries + place, mask=inside, other=0.0).to(tl.float32)
+    then = tl.load(last_queries + place, mask=inside, other=0.0)
+    norms = tl.maximum(tl.sum(now * now, axis=1) * tl.sum(then * then, axis=1), 1e-30)
+    alike = tl.sum(now * then, axis=1) / tl.sqrt(norms) >= threshold  # never where there is no number
+    unlike = tl.sum(((tl.arange(0, PARTS_PAD) < PARTS) & (alike == 0)).to(tl.int32), axis=0)
+
+    number = numbers + row
+    position, window, first = tl.load(positions + row), tl.load(number), tl.load(firsts + row)
+    serves = ((unlike == 0) & (position - window < reach)).to(tl.int64)
+    if serves == 0:
+        window = position + 1 - recent
+        tl.store(last_queries + place, now, mask=inside)
+    length = sinks + chosen + position + 1 - window
+    tl.store(number, window)
+    tl.store(number + batch, serves)
+    tl.store(number + 2 * batch, tl.load(number + 2 * batch) + 1)
+    tl.store(number + 3 * batch, tl.load(number + 3 * batch) + serves)
+    tl.store(number + 4 * batch, tl.load(number + 4 * batch) + length)
+    tl.store(number + 5 * batch, tl.load(number + 5 * batch) + position + 1)
+    bound = bounds + 4 * row
+    tl.store(bound, row)
+    tl.store(bound + 1, 1)
+    tl.store(bound + 2, row * num_slots)
+    tl.store(bound + 3, length)
+
+    for at in range(0, num_slots, SLOTS):
+        n = at + tl.arange(0, SLOTS)
+        token = tl.where(n < sinks, n, window + n - sinks - chosen)
+        is_given = (n < sinks) | (n >= sinks + chosen)
+        tl.store(slots + row * num_slots + n, first + token, mask=is_given & (n < length))
+
+
+def decide_reuse(
+    queries: Tensor,
+    last_queries: Tensor,
+    numbers: Tensor,
+    positions: Tensor,
+    firsts: Tensor,
+    slots: Tensor,
+    bounds: Tensor,
+    *,
+    num_sinks: int,
+    num_local: int,
+    num_own: int,
+    num_selected: int,
+    parts: int,
+    threshold: float,
+) -> None:
+    """Decide for each sequence whether its last selection serves its query again; else a new one must be made.
+
+    Afterwards all is as `selection.select_tokens`, the definition, would leave it, but for the selected slots of a
+    sequence that is not served.
+
+    Args:
+        queries: [B, Hq, D].
+        last_queries: [B, Hq, D] float32, of the last selections; written to, as all that follows but `firsts`.
+        numbers: [6, B] int64: where the window began at the last selection, whether it serves now, and sums of steps:
+            lookups, hits, tokens attended, tokens available.
+        positions: [B] int64, of the queries; only read.
+        firsts: [B] int64, rows of the cache that hold the sequences' first tokens.
+        slots: [B, n] int64, rows of the cache to attend: sinks, selected tokens, local window.
+        bounds: [4 * B] int64; of each sequence its query, 1, where its slots begin, how many are attended.
+        num_sinks: first tokens, always attended.
+        num_local: tokens before a query that are always attended; a window that reached twice as far serves no more.
+        num_own: of the query itself: 1, or 0 where it is one of the local tokens.
+        num_selected: tokens chosen.
+        parts: that the heads of a query are compared in: KV heads, or 1.
+        threshold: cosine of every part that is enough.
+    """
+    size = queries.shape[1] * queries.shape[2] // parts
+    decide[queries.shape[0],](
+        queries.contiguous(), last_queries, numbers, positions, firsts, slots, bounds,
+        threshold, 2 * num_local, num_local + num_own, num_sinks, num_selected, slots.shape[1],
+        SIZE=size, AT_ONCE=triton.next_power_of_2(size), PARTS=parts, PARTS_PAD=triton.next_power_of_2(parts),
+        SLOTS=_SLOTS_AT_ONCE, num_warps=8, **overlap(queries.device),
+    )  # fmt: skip
