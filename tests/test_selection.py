@@ -13,12 +13,13 @@ from tokenselect.config import TokenSelectConfig
 from tokenselect.ops import reference
 from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import rotate
-from tokenselect.rotary import RotaryTable
+from tokenselect.rotary import RotaryTable, mean_rotation
 from tokenselect.selection import (
     Block,
     SelectionState,
     block_starts,
     candidates_end,
+    num_clipped,
     plan_selection,
     select_tokens,
 )
@@ -263,6 +264,16 @@ def test_what_is_attended_is_counted() -> None:
     layer.select(random_queries(12), Block(0, 30, 36, 0), Block(0, 36, 42, 6))
     state = layer.states[0]
     assert (state.attended, state.available) == (6 * 2 * CONFIG.budget, 6 * (36 + 42))
+
+
+@pytest.mark.parametrize("size", [6, 7, 64])
+def test_runs_beyond_the_largest_distance_rotate_alike(size: int) -> None:
+    for start in range(size, 400, 13):
+        nearest = (start - (size - 1) - torch.arange(-(-start // size)) * size).clamp(min=0)
+        cos, sin = mean_rotation(torch.tensor([0.9, 0.01]), nearest, size, 100)
+        count = int(num_clipped(torch.tensor(start - (size - 1)), size, 100))
+        same = ((cos == cos[0]) & (sin == sin[0])).all(dim=1)
+        assert int(same.long().cumprod(0).sum()) == max(count, 1)
 
 
 # -- the Selection Cache -------------------------------------------------------------------------------------

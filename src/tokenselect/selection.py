@@ -310,7 +310,13 @@ def _bucketed(starts: Tensor, spans: Tensor, size: int, max_distance: int, table
     run = torch.arange(len(block), device=counts.device) - run_start_loc[block]
     nearest = (starts[block] - spans[block, 0] - run * size - (size - 1)).clamp(min=0)
     cos, sin = mean_rotation(table.frequencies, nearest, size, max_distance)
-    return Distances(cos, sin, size, run_start_loc, table.interleaved)
+    alike = num_clipped(starts - spans[:, 0] - (size - 1), size, max_distance)
+    return Distances(cos, sin, size, run_start_loc, table.interleaved, torch.minimum(alike, counts))
+
+
+def num_clipped(nearest: Tensor, size: int, max_distance: int) -> Tensor:
+    """How many runs of `size` keys `mean_rotation` rotates alike, of those from `nearest` on that come ever nearer."""
+    return ((nearest - max_distance + (size - 1) // 2) // size + 1).clamp(min=0)
 
 
 def _take_runs(view: Distances, rows: Sequence[int]) -> Distances:
@@ -318,4 +324,5 @@ def _take_runs(view: Distances, rows: Sequence[int]) -> Distances:
     runs = torch.cat([torch.arange(bounds[row], bounds[row + 1]) for row in rows]).to(view.cos.device)
     lengths = torch.tensor([bounds[row + 1] - bounds[row] for row in rows], device=view.cos.device)
     start_loc = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    return Distances(view.cos[runs], view.sin[runs], view.run_size, start_loc, view.interleaved)
+    alike = None if view.alike is None else view.alike[lengths.new_tensor(rows)]
+    return Distances(view.cos[runs], view.sin[runs], view.run_size, start_loc, view.interleaved, alike)

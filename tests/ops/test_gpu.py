@@ -59,7 +59,7 @@ def moved(value: Any, device: torch.device = DEVICE) -> Any:
     if isinstance(value, PageTable):
         return replace(value, pages=moved(value.pages))
     if isinstance(value, reference.Distances):
-        parts = {name: moved(getattr(value, name)) for name in ("cos", "sin", "run_start_loc")}
+        parts = {name: moved(getattr(value, name)) for name in ("cos", "sin", "run_start_loc", "alike")}
         return replace(value, **parts)
     return [moved(item) for item in value] if isinstance(value, list) else value
 
@@ -206,6 +206,23 @@ def test_votes_by_an_int8_copy_over_many_tiles(blocks: int, centered: bool) -> N
 
 
 # -- around the operations -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize(("blocks", "alike"), [(1, 3), (1, 0), (1, 10), (3, 4)])
+def test_votes_of_runs_that_rotate_alike(blocks: int, alike: int, copied: bool) -> None:
+    case = long_case(torch.float32, blocks=blocks)
+    view = case.views[1]
+    for first in view.run_start_loc[:-1].tolist():
+        for part in (view.cos, view.sin):
+            part[first : first + alike] = part[first].clone()
+    case.views[1] = replace(view, alike=torch.full((blocks,), alike))
+    if not copied:
+        return check_votes(case, atol=1e-7, rtol=1e-3)
+    given = by_int8_copy(case, True)
+    (made, _), (expected, _) = ours.score_tokens(*given), reference.score_tokens(*given)
+    torch.testing.assert_close(made, expected, atol=VOTES, rtol=0)
+    return None
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
@@ -405,5 +422,5 @@ def test_it_compiles_for_gpus_that_are_not_here(target: str) -> None:
     command = [sys.executable, str(Path(__file__).with_name("compile_gpu.py")), *target.split()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    for kernel in ("score_tiles", "score_center", "sum_votes", "write_chosen", "attend_few", "attend_many"):
+    for kernel in ("score_tiles", "reduce_rows", "sum_votes", "write_chosen", "attend_few", "attend_many"):
         assert f"{kernel}: shared" in done.stdout

@@ -24,7 +24,7 @@ from tokenselect.ops import Backend, gpu
 from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import Distances
 from tokenselect.rotary import RotaryTable, mean_rotation
-from tokenselect.selection import one_distance, vote_scale
+from tokenselect.selection import num_clipped, one_distance, vote_scale
 
 
 class Tables:
@@ -75,7 +75,7 @@ class Tables:
         shape = len(self.sequences) * len(runs), self.table.cos.shape[1]
         cos, sin = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2))
         start_loc = torch.arange(len(self.sequences) + 1, device=device) * len(runs)
-        return Distances(cos, sin, size, start_loc, self.table.interleaved)
+        return Distances(cos, sin, size, start_loc, self.table.interleaved, torch.zeros_like(self.sequences))
 
     def write(self, column: int) -> None:
         """Tell the device where the step's tokens stand, padding counted."""
@@ -96,6 +96,9 @@ class Tables:
             made = mean_rotation(self.table.frequencies, nearest, view.run_size, self.max_distance)
             for into, part in zip((view.cos, view.sin), made, strict=True):
                 into.copy_(part)
+            assert view.alike is not None
+            farthest = self.positions + self.run_ends[0]
+            view.alike.copy_(num_clipped(farthest, view.run_size, self.max_distance))
 
 
 class SteadyPass:

@@ -87,6 +87,7 @@ class Distances:
         run_size: keys per run; one run of any size is position-free scoring.
         run_start_loc: [num_blocks + 1] int64: the runs of block `i` are `run_start_loc[i] .. run_start_loc[i + 1] - 1`.
         interleaved: layout of the dimension pairs.
+        alike: [num_blocks] int64, how many of each block's first runs have the same rotation; None: not known.
     """
 
     cos: Tensor
@@ -94,6 +95,7 @@ class Distances:
     run_size: int
     run_start_loc: Tensor
     interleaved: bool = False
+    alike: Tensor | None = None
 
 
 def score_tokens(

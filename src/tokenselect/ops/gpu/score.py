@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from tokenselect.ops.gpu.score_kernels import (
     BY_TOKEN,
     ONCE,
     reduce_rows,
-    score_center,
     score_tiles,
     sum_votes,
 )
@@ -24,7 +23,6 @@ from tokenselect.ops.reference import Distances
 
 # Rows of one product with a tile of keys
 _LEAST_ROWS, _MOST_ROWS = (8, 32) if torch.version.hip is None else (16, 32)
-_CENTERS = 64  # tiles whose center one program scores
 _LEAST_DEPTH = 32  # of a product of integers
 _WARPS, _STAGES = 4, 3
 _MOST_WEIGHTS = 2**29  # exponentials kept at once: 1 GiB
@@ -245,18 +243,10 @@ class _Call:
             "INTERLEAVED": first.interleaved, "PRECISION": precision(self.keys), **overlap(self.keys.device),
         }  # fmt: skip
         served = None if self.served is None else self.served[own]
-        shifts = peaks
-        if self.key_center is not None and how == _BY_TILE:
-            shifts = torch.empty_like(peaks)
-            score_center[peaks.shape[0], peaks.shape[1], -(-peaks.shape[2] // _CENTERS)](
-                self.queries[own], center, self.sequences[own], served, *rotations, shifts,
-                self.scale, own.stop - own.start, peaks.shape[2], last.run_size,
-                **sizes | {"PRECISION": precision(shifts)}, TILES=_CENTERS, num_warps=4, num_stages=1,
-            )  # fmt: skip
         score_tiles[peaks.shape[0], peaks.shape[1], stats.shape[2]](
             self.queries[own], self.keys, scales, center, pages.pages, on_device(pages.padding, self.keys.device),
             self.sequences[own], self.candidates[own], self.context[own], served,
-            *rotations, shifts, weights, peaks, stats,
+            *rotations, None if last.alike is None else last.alike[own], weights, peaks, stats,
             self.scale, own.stop - own.start, peaks.shape[2], tiles_each, pages.page_size, last.run_size,
             self.keys.stride(0), self.keys.stride(1), scales.stride(0), scales.stride(1), pages.pages.stride(0),
             **sizes, HOW=how, ONE_PAGE=pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
@@ -268,7 +258,7 @@ class _Call:
 def _whole(view: Distances) -> Distances:
     if view.cos.is_contiguous() and view.sin.is_contiguous():
         return view
-    return Distances(view.cos.contiguous(), view.sin.contiguous(), view.run_size, view.run_start_loc, view.interleaved)
+    return replace(view, cos=view.cos.contiguous(), sin=view.sin.contiguous())
 
 
 def _tile(views: Sequence[Distances], num_blocks: int) -> int:

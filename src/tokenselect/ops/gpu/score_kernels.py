@@ -66,47 +66,9 @@ def _queries(
 
 
 @triton.jit
-def score_center(
-    queries, key_center, sequences, served, cos_0, sin_0, runs_0, cos_1, sin_1, runs_1, shifts,
-    scale, num_blocks, num_tiles, run_size,
-    D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, VIEWS: tl.constexpr, TILES: tl.constexpr,
-    INTERLEAVED: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Grid [groups, num_kv_heads, pieces of TILES tiles]: logits of the center, the same for all keys of a tile.
-
-    As in `score_tiles`, whose second view rotates each tile alike; that of one tile is a product with its cosines.
-    """
-    after_predecessor(OVERLAP)
-    if is_served(served, tl.program_id(0) * BLOCKS):
-        return
-    ROWS: tl.constexpr = VIEWS * BLOCKS * GROUP_PAD
-    first, kv, num_kv = tl.program_id(0) * BLOCKS, tl.program_id(1), tl.num_programs(1)
-    view, block, head, is_row = _rows(first, kv, num_blocks, GROUP, GROUP_PAD, BLOCKS, ROWS)
-    d = tl.arange(0, DP)
-    q, p = _queries(queries, block, head, num_kv * GROUP, scale * LOG2E, d, D, HALF, INTERLEAVED)
-    center = tl.load(key_center + (tl.load(sequences + first) * num_kv + kv) * D + d, mask=d < D, other=0.0)
-    q, p = q * center[None, :], p * center[None, :]
-    tile = tl.program_id(2) * TILES + tl.arange(0, TILES)
-    out = tl.zeros([TILES, ROWS], tl.float32)
-    for n in tl.static_range(BLOCKS):
-        own = tl.minimum(first + n, num_blocks - 1)
-        begin = tl.load(runs_1 + own)
-        run = begin + tl.minimum(tile * BLOCK_T // run_size, tl.load(runs_1 + own + 1) - begin - 1)
-        c, s = load_rotation(cos_1, sin_1, run, d, tile < num_tiles, HALF, INTERLEAVED)
-        logits = tl.dot(c, tl.trans(q), input_precision=PRECISION) + tl.dot(s, tl.trans(p), input_precision=PRECISION)
-        out = tl.where((block == own)[None, :], logits, out)
-    if VIEWS == 2:
-        c, s = load_rotation(cos_0, sin_0, tl.load(runs_0 + block), d, is_row, HALF, INTERLEAVED)
-        out = tl.where((view == 0)[None, :], tl.sum(q * c + p * s, axis=1)[None, :], out)
-    place = (tl.program_id(0) * num_kv + kv).to(tl.int64) * num_tiles + tile
-    tl.store(shifts + place[:, None] * ROWS + tl.arange(0, ROWS)[None, :], out, mask=(tile < num_tiles)[:, None])
-
-
-@triton.jit
 def score_tiles(
     queries, keys, key_scales, key_center, pages, padding, sequences, candidates, context, served,
-    cos_0, sin_0, runs_0, cos_1, sin_1, runs_1, shifts,
+    cos_0, sin_0, runs_0, cos_1, sin_1, runs_1, alike,
     weights, peaks, stats,
     scale, num_blocks, num_tiles, tiles_each, page_size, run_size,
     key_stride, key_head_stride, scale_stride, scale_head_stride, page_stride,
@@ -154,7 +116,7 @@ def score_tiles(
         unit = tl.maximum(tl.sqrt(tl.max(q * q + p * p, axis=1)), 1e-20) / (127 * 128)
         q, p = q / unit[:, None], p / unit[:, None]
     turned = q
-    if HOW == ONCE:
+    if HOW != BY_TOKEN:  # as all keys, or those of the first tiles
         c, s = load_rotation(cos_1, sin_1, run_begin, d, is_row, HALF, INTERLEAVED)
         turned = q * c + p * s
     is_second = (view == 1)[:, None]
@@ -165,13 +127,13 @@ def score_tiles(
         turned = tl.where(is_second, turned, turned_0)
 
     center_row = key_center + (sequence * num_kv + kv) * D
+    shift = unit
     if HAS_CENTER:
         center = tl.load(center_row + d, mask=d < D, other=0.0)
         shift = tl.sum(turned * center[None, :], axis=1) * unit
     own_place = (tl.program_id(0) * num_kv + kv).to(tl.int64)
     own_weights = weights + own_place * num_tiles * BLOCK_T * ROWS + r[None, :]
     own_peaks = peaks + own_place * num_tiles * ROWS + r
-    own_shifts = shifts + own_place * num_tiles * ROWS + r
     page_row = pages + sequence * page_stride
     start = first_slot(page_row, page_size, tl.load(padding + sequence), begin, ONE_PAGE)
     head_keys = keys + kv.to(tl.int64) * key_head_stride
@@ -181,63 +143,72 @@ def score_tiles(
     total = tl.zeros([BLOCK_T, ROWS], tl.float32)  # summed over the tokens at the end
     chosen = tl.zeros([BLOCK_T, ROWS], tl.float32)
 
-    for tile in range(first_tile, last_tile):
-        offset = tile * BLOCK_T + n
-        is_token = offset < longest
-        is_key = is_token[:, None] & (d < D)[None, :] if D < DP else is_token[:, None]
-        if ONE_PAGE:
-            base = start + tile * BLOCK_T
-            k = tl.load(head_keys + base * key_stride + n[:, None] * key_stride + d[None, :], mask=is_key, other=0.0)
-        else:
-            slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
-            k = tl.load((head_keys + slot * key_stride)[:, None] + d[None, :], mask=is_key, other=0.0)
-        if HOW == BY_TILE:
-            run = run_begin + tl.minimum(tile * BLOCK_T // run_size, last_run)
-            run_c, run_s = _rotation(cos_1, sin_1, run, d, is_row, HALF, INTERLEAVED, BLOCKS == 1)
-            turned = q * run_c + p * run_s
-            if VIEWS == 2:
-                turned = tl.where(is_second, turned, turned_0)
-        if HOW == BY_TOKEN:
-            slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
-            run = run_begin[:, None] + tl.minimum((offset // run_size)[None, :], last_run[:, None])
-            k = _turned_back(
-                k, head_keys + slot * key_stride, cos_1, sin_1, tl.max(run, axis=0), d, is_token, HALF, INTERLEAVED
-            )
-        if AS_INTEGERS:
-            upper = tl.minimum(tl.maximum(tl.floor(turned * 0.0078125 + 0.5), -127.0), 127.0)
-            lower = tl.floor(turned - upper * 128.0 + 0.5)
-            products = tl.dot(k, tl.trans(upper.to(tl.int8)), out_dtype=tl.int32) * 128
-            products += tl.dot(k, tl.trans(lower.to(tl.int8)), out_dtype=tl.int32)
-            logits = products.to(tl.float32) * unit[None, :]
-        else:
-            logits = tl.dot(k.to(dtype), tl.trans(turned.to(dtype)), input_precision=PRECISION)
-        if HAS_SCALES:
-            slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
-            logits *= tl.load(head_scales + slot * scale_stride, mask=is_token, other=0.0)[:, None]
-        if HAS_CENTER and HOW == BY_TOKEN:
-            same_rows = center_row + tl.zeros([BLOCK_T], tl.int32)
-            wide = center[None, :] + tl.zeros([BLOCK_T, DP], tl.float32)
-            back = _turned_back(wide, same_rows, cos_1, sin_1, tl.max(run, axis=0), d, is_token, HALF, INTERLEAVED)
-            logits += tl.dot(back.to(dtype), tl.trans(turned.to(dtype)), input_precision=PRECISION)
-        elif HAS_CENTER:
-            if HOW == BY_TILE:
-                shift = tl.load(own_shifts + tile * ROWS)
-            logits += shift[None, :]
+    # First the tiles that rotate alike, then those that each rotate on their own.
+    alike_end = first_tile
+    if HOW == BY_TILE and alike is not None:
+        same_runs = tl.min(tl.load(alike + block), axis=0).to(tl.int32)
+        alike_end = tl.minimum(tl.maximum(same_runs * run_size // BLOCK_T, first_tile), last_tile)
+    for PART in tl.static_range(0 if HOW == BY_TILE else 1, 2):
+        for tile in range(first_tile if PART == 0 else alike_end, alike_end if PART == 0 else last_tile):
+            offset = tile * BLOCK_T + n
+            is_token = offset < longest
+            is_key = is_token[:, None] & (d < D)[None, :] if D < DP else is_token[:, None]
+            if ONE_PAGE:
+                base = start + tile * BLOCK_T
+                k = tl.load(
+                    head_keys + base * key_stride + n[:, None] * key_stride + d[None, :], mask=is_key, other=0.0
+                )
+            else:
+                slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
+                k = tl.load((head_keys + slot * key_stride)[:, None] + d[None, :], mask=is_key, other=0.0)
+            own_turned, own_shift = turned, shift
+            if HOW == BY_TILE and PART == 1:
+                run = run_begin + tl.minimum(tile * BLOCK_T // run_size, last_run)
+                run_c, run_s = _rotation(cos_1, sin_1, run, d, is_row, HALF, INTERLEAVED, BLOCKS == 1)
+                own_turned = q * run_c + p * run_s
+                if VIEWS == 2:
+                    own_turned = tl.where(is_second, own_turned, turned_0)
+                if HAS_CENTER:
+                    own_shift = tl.sum(own_turned * center[None, :], axis=1) * unit
+            if HOW == BY_TOKEN:
+                slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
+                run = run_begin[:, None] + tl.minimum((offset // run_size)[None, :], last_run[:, None])
+                k = _turned_back(
+                    k, head_keys + slot * key_stride, cos_1, sin_1, tl.max(run, axis=0), d, is_token, HALF, INTERLEAVED
+                )
+            if AS_INTEGERS:
+                upper = tl.minimum(tl.maximum(tl.floor(own_turned * 0.0078125 + 0.5), -127.0), 127.0)
+                lower = tl.floor(own_turned - upper * 128.0 + 0.5)
+                products = tl.dot(k, tl.trans(upper.to(tl.int8)), out_dtype=tl.int32) * 128
+                products += tl.dot(k, tl.trans(lower.to(tl.int8)), out_dtype=tl.int32)
+                logits = products.to(tl.float32) * unit[None, :]
+            else:
+                logits = tl.dot(k.to(dtype), tl.trans(own_turned.to(dtype)), input_precision=PRECISION)
+            if HAS_SCALES:
+                slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
+                logits *= tl.load(head_scales + slot * scale_stride, mask=is_token, other=0.0)[:, None]
+            if HAS_CENTER and HOW == BY_TOKEN:
+                same_rows = center_row + tl.zeros([BLOCK_T], tl.int32)
+                wide = center[None, :] + tl.zeros([BLOCK_T, DP], tl.float32)
+                back = _turned_back(wide, same_rows, cos_1, sin_1, tl.max(run, axis=0), d, is_token, HALF, INTERLEAVED)
+                logits += tl.dot(back.to(dtype), tl.trans(own_turned.to(dtype)), input_precision=PRECISION)
+            elif HAS_CENTER:
+                logits += own_shift[None, :]
 
-        # Powers under the tile's own maximum: no tile waits for another.
-        logits = tl.where(offset[:, None] < end[None, :], logits, float("-inf"))
-        peak = tl.max(logits, axis=0)
-        peak = tl.where(peak == float("-inf"), -1e30, peak)
-        e = tl.exp2(logits - peak[None, :])
-        tl.store(own_weights + offset[:, None] * ROWS, e.to(weights.dtype.element_ty))
-        tl.store(own_peaks + tile * ROWS, peak)
-        highest = tl.maximum(most, peak)
-        old, new = tl.exp2(most - highest), tl.exp2(peak - highest)
-        total = total * old[None, :] + e * new[None, :]
-        if HAS_CONTEXT:
-            is_candidate = (offset[:, None] >= low[None, :]) & (offset[:, None] < high[None, :])
-            chosen = chosen * old[None, :] + tl.where(is_candidate, e, 0.0) * new[None, :]
-        most = highest
+            # Powers under the tile's own maximum: no tile waits for another.
+            logits = tl.where(offset[:, None] < end[None, :], logits, float("-inf"))
+            peak = tl.max(logits, axis=0)
+            peak = tl.where(peak == float("-inf"), -1e30, peak)
+            e = tl.exp2(logits - peak[None, :])
+            tl.store(own_weights + offset[:, None] * ROWS, e.to(weights.dtype.element_ty))
+            tl.store(own_peaks + tile * ROWS, peak)
+            highest = tl.maximum(most, peak)
+            old, new = tl.exp2(most - highest), tl.exp2(peak - highest)
+            total = total * old[None, :] + e * new[None, :]
+            if HAS_CONTEXT:
+                is_candidate = (offset[:, None] >= low[None, :]) & (offset[:, None] < high[None, :])
+                chosen = chosen * old[None, :] + tl.where(is_candidate, e, 0.0) * new[None, :]
+            most = highest
 
     place = stats + ((own_place * tl.num_programs(2) + share) * ROWS + r) * 3
     all_of_it = tl.sum(total, axis=0)
