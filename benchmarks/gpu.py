@@ -6,8 +6,10 @@ A block of 512 prompt tokens and a decode step, for the shapes of Qwen2-7B and L
 mixed, or at one distance where a phase is marked so. Every time is that of a captured CUDA graph, so no Python is in
 it; short contexts rotate over several caches, so that none is read from the L2 cache. Dense attention is given
 rotated keys; ours pools, scores, selects, gathers, rotates and attends. "int8" scores by an int8 copy of the keys
-that exists already. Before anything is timed, results are compared with the definition. Rows go to results/gpu.csv,
-the plot to results/gpu.png. A whole 7B-shaped model follows (benchmarks/gpu_model.py); the last line printed is JSON.
+that exists already. Decode steps are those of `integrations.steady` (see gpu_step.py), whose Selection Cache decides
+on the device: a "hit" finds that the last selection serves again, a "miss" that it does not. Before anything is timed,
+results are compared with the definition. Rows go to results/gpu.csv, the plot to results/gpu.png and gpu.svg. A whole
+7B-shaped model follows (benchmarks/gpu_model.py); the last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import gpu_model
+from benchmarks import gpu_model, gpu_step
 from benchmarks.report import RESULTS, append_rows
 from tokenselect.config import TokenSelectConfig
 from tokenselect.ops import gpu, reference
@@ -36,6 +38,8 @@ LENGTHS = (2**15, 2**17, 2**19, 2**20)
 DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 CONFIG = TokenSelectConfig(num_selected_tokens=2048, num_dense_tokens=0)
 ONE_DISTANCE = CONFIG.replace(scoring="position_free")
+CACHING = CONFIG.replace(reuse_threshold=0.9)
+COPIES, SCORINGS = {"bf16": False, "int8": True}, {"": CONFIG, ", one distance": ONE_DISTANCE}
 DEVICE = torch.device("cuda")
 COLD_BYTES = 250e6  # several times the L2 cache
 
@@ -88,11 +92,11 @@ class Layer:
         self.pages = PageTable(torch.zeros((1, 1), dtype=torch.int64, device=DEVICE), length, [0])
         self.queries = torch.randn((own, shape.num_q_heads, shape.head_dim), device=DEVICE, dtype=torch.bfloat16)
         self.block = Block(0, length - own, length, 0)
-        self.mixed = plan_selection([self.block], CONFIG, table, 28_672)
-        self.one_distance = plan_selection([self.block], ONE_DISTANCE, table, 28_672)
+        self.mixed = plan_selection([self.block], CONFIG, table, gpu_step.MAX_DISTANCE)
+        self.one_distance = plan_selection([self.block], ONE_DISTANCE, table, gpu_step.MAX_DISTANCE)
         self.plan: SelectionPlan = self.mixed
         self.scale = shape.head_dim**-0.5
-        self.last = self.slots(False)  # what a Selection Cache hit finds
+        self.chosen = self.slots(False)
 
     def score(self, by_int8: bool, ops: object = gpu) -> tuple[Tensor, Tensor]:
         """Votes, and where they begin."""
@@ -123,11 +127,6 @@ class Layer:
         return ops.sparse_attention(  # type: ignore[attr-defined, no-any-return]
             self.queries, rows(self.keys), rows(self.values), start, *slots, self.table.cos, self.table.sin, self.scale
         )
-
-    def hit(self) -> Tensor:
-        """A decode step whose query is like that of the last selection: the test, and attention."""
-        around.least_cosine(self.queries, self.queries, self.shape.num_kv_heads)
-        return self.attend(self.last)
 
     def dense(self) -> Tensor:
         """Attention over everything, as dense kernels want it."""
@@ -160,7 +159,7 @@ def check(layer: Layer) -> None:
     assert relative_error(layer.score(True)[0], expected) < 2e-2
     chosen = gpu.topk_tokens(votes, start_loc, 2048)
     assert torch.equal(chosen, reference.topk_tokens(votes, start_loc, 2048))
-    assert relative_error(layer.attend(layer.last), layer.attend(layer.last, reference)) < 1e-2
+    assert relative_error(layer.attend(layer.chosen), layer.attend(layer.chosen, reference)) < 1e-2
 
 
 def relative_error(made: Tensor, expected: Tensor) -> float:
@@ -188,16 +187,37 @@ def copy_bandwidth() -> float:
 
 def phases(layers: list[Layer], own: int) -> Iterator[tuple[str, list[Callable[[], object]]]]:
     """Everything that is timed at one length."""
-    kind = "step" if own == 1 else "block"
-    for name, by_int8 in (("bf16", False), ("int8", True)):
-        for scoring, one in (("", False), (", one distance", True)):
-            yield f"{kind} {name}{scoring}", [partial(layer.run, by_int8, one) for layer in layers]
-            if own == 1:
-                yield f"score {name}{scoring}", [partial(layer.score, by_int8) for layer in layers]
     if own == 1:
-        votes = layers[0].score(False)
-        yield "topk", [lambda: gpu.topk_tokens(*votes, CONFIG.num_selected_tokens)]
-        yield "step hit", [layer.hit for layer in layers]
+        yield from step_phases(layers)
+        return
+    for name, by_int8 in COPIES.items():
+        for scoring, config in SCORINGS.items():
+            yield f"block {name}{scoring}", [partial(layer.run, by_int8, config is ONE_DISTANCE) for layer in layers]
+
+
+def step_phases(layers: list[Layer]) -> Iterator[tuple[str, list[Callable[[], object]]]]:
+    """Of a decode step."""
+    for name, by_int8 in COPIES.items():
+        for scoring, config in SCORINGS.items():
+            yield f"step {name}{scoring}", steps(layers, config, by_int8)
+            for layer in layers:
+                layer.plan = layer.one_distance if config is ONE_DISTANCE else layer.mixed
+            yield f"score {name}{scoring}", [partial(layer.score, by_int8) for layer in layers]
+    votes = layers[0].score(False)
+    yield "topk", [lambda: gpu.topk_tokens(*votes, CONFIG.num_selected_tokens)]
+    yield "step hit", steps(layers, CACHING, True)
+    yield "step miss", steps(layers, CACHING, True, queries=2)
+
+
+def steps(
+    layers: list[Layer], config: TokenSelectConfig, by_int8: bool, queries: int = 1
+) -> list[Callable[[], object]]:
+    """Decode steps of all layers, each of some queries in turn."""
+    config = config.replace(score_dtype="int8" if by_int8 else "same")
+    made = [gpu_step.Step(config, layer.keys, layer.values, layer.table) for layer in layers]
+    query = layers[0].queries.transpose(0, 1)[None]
+    asked = [query, *(torch.randn_like(query) for _ in range(queries - 1))]
+    return [partial(step.run, each) for each in asked for step in made]
 
 
 def run(shape: Shape, length: int, own: int, table: RotaryTable) -> dict[str, list[float]]:
@@ -276,7 +296,8 @@ def plot(found: list[dict[str, object]]) -> None:
     axes[0].set_ylabel("times faster than the best dense kernel")
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(RESULTS / "gpu.png", dpi=120)
+    for kind in ("png", "svg"):
+        figure.savefig(RESULTS / f"gpu.{kind}", dpi=120)
 
 
 if __name__ == "__main__":

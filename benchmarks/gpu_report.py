@@ -19,6 +19,7 @@ _PHASES = {
     "step int8": "... int8 copy (the default)",
     "step int8, one distance": "... int8 copy, one distance",
     "step hit": "decode step, Selection Cache hit",
+    "step miss": "decode step, Selection Cache miss",
 }
 _MODES = ("block bf16", "step bf16")  # the first of each is preceded by the dense kernel's time
 _LAYER = """## On a GPU
@@ -26,8 +27,9 @@ _LAYER = """## On a GPU
 {device}, torch {torch}, Transformers {transformers}; commit {commit}, {when}, `{command}`.
 
 Attention of one layer, selection included, k = 2,048, times of captured CUDA graphs: how many times faster than the
-best dense kernel that PyTorch has (cuDNN's or FlashAttention), whose times in microseconds come first. A copy moves
-{copy} GB/s, bytes read and written.
+best dense kernel that PyTorch has (cuDNN's or FlashAttention), whose times in microseconds come first. Decode steps are
+timed as they run: with the Selection Cache the device finds out by itself whether the last selection serves again, a
+hit, or not, a miss. A copy moves {copy} GB/s, bytes read and written.
 
 ![times faster than dense, by context](../benchmarks/results/gpu.png)
 """
@@ -39,8 +41,8 @@ Transformers runs it: SDPA over its DynamicCache, the prompt in one pass, decode
 ours are CUDA graphs where every step selects. So the time of a step is next to that of its kernels alone, added up:
 the rest is the host. Memory is what torch had allocated on the GPU, weights included: at its peak while the prompt is
 read, and after it. Rows are keys and values of one token in one layer that a step brings in from host memory; random
-weights select other tokens every time, a real model's steps fewer. Selection Cache: every step whose queries resemble
-those of the last selection reuses it (`reuse_threshold=0`).
+weights select other tokens every time, a real model's steps fewer. Selection Cache, hits: every step reuses the last
+selection that may (`reuse_threshold=0`); misses: none does, but every layer asks (`reuse_threshold=1`).
 """
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
 from tokenselect.cache import Buffers, Owner, RawKeyLayer
@@ -52,8 +51,3 @@ def as_backend() -> Backend:
     """The GPU's operations."""
     backend: Backend = gpu  # type: ignore[assignment]
     return backend
-
-
-def another(query: Tensor) -> Tensor:
-    """A query that the last selection does not serve."""
-    return torch.randn_like(query)

@@ -298,7 +298,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         if own.remembered is None or own.remembered.firsts != firsts:
             own.forget_rows()
             own.remembered = make(firsts)
-        own.remembered.take(own.states)
+        own.remembered.take(own.states, [own.length - pad for pad in padding])
         return own.remembered
 
     def count_one(self, num_attended: int | None, padding: list[int]) -> None:

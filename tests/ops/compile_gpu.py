@@ -24,7 +24,7 @@ from tokenselect.ops.gpu import around
 from tokenselect.ops.gpu.attention import attend_steps
 from tokenselect.ops.gpu.reuse import decide_reuse
 from tokenselect.ops.gpu.score import Spans, score_tokens
-from tokenselect.ops.gpu.topk import topk_tokens
+from tokenselect.ops.gpu.topk import Maxima, topk_tokens
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
@@ -98,8 +98,9 @@ def steady_step() -> None:
     case = big_votes(2, torch.bfloat16)
     spans = Spans([1000] * 2, [1] * 2, 2000, torch.tensor([0, 772, 1544]))
     given = (case.queries, case.cache.keys, case.cache.pages, case.of, case.candidates, case.views, case.scale)
-    votes, start_loc = score_tokens(*given, spans=spans, served=served)
-    topk_tokens(votes, start_loc, 64, 1000, into=slots[:, 16:80], firsts=firsts, served=served)
+    maxima = Maxima.of(2, 1000, 64, torch.device("cpu"))
+    votes, start_loc = score_tokens(*given, spans=spans, served=served, maxima=maxima)
+    topk_tokens(votes, start_loc, 64, 1000, into=slots[:, 16:80], firsts=firsts, served=served, maxima=maxima)
     keys, rotation = case.cache.keys, angles(200, 64)
     for if_served in (False, True):
         attend_steps(

@@ -46,7 +46,9 @@ class Remembered:
         # Where the window began, whether the last step was served; lookups, hits, tokens attended and available
         self.numbers = torch.zeros((6, len(self.firsts)), dtype=torch.int64, device=device)
         bounds = torch.zeros(4 * len(self.firsts), dtype=torch.int64, device=device)
-        self.attended = Attended(self.first[:, None].repeat(1, num_slots), bounds, self.numbers[1])
+        slots = self.first[:, None].repeat(1, num_slots)
+        slots[:, : selected.start] += torch.arange(selected.start, device=device)
+        self.attended = Attended(slots, bounds, self.numbers[1])
         self.queries: Tensor | None = None  # [B, Hq, D] float32
         self._selected, self._is_ahead = selected, False  # of the host's states
 
@@ -61,8 +63,8 @@ class Remembered:
         kept = [self.first, self.numbers, self.attended.slots, self.attended.bounds]
         return kept if self.queries is None else [*kept, self.queries]
 
-    def take(self, states: Sequence[SelectionState]) -> None:
-        """From now on the device knows more than the states of the sequences."""
+    def take(self, states: Sequence[SelectionState], lengths: Sequence[int]) -> None:
+        """From now on the device knows more than the states of the sequences, which are as long."""
         if self._is_ahead:
             return
         self._is_ahead = True
@@ -72,7 +74,10 @@ class Remembered:
             if state.query is not None and state.indices is not None:
                 numbers[0, i] = state.window_start
                 self.last_queries(state.query.expand(len(states), -1, -1))[i] = state.query
-                self.attended.slots[i, self._selected] = state.indices + first
+                slots = self.attended.slots[i]
+                slots[self._selected] = state.indices + first
+                recent = slots[self._selected.stop :][: lengths[i] - state.window_start]
+                torch.arange(recent.shape[0], out=recent).add_(state.window_start + first)
         self.numbers.copy_(numbers, non_blocking=True)
 
     def give(self, states: Sequence[SelectionState]) -> None:

@@ -187,18 +187,20 @@ class SteadyLayer:
     def _select(self, attended: Attended, queries: Tensor, scale: float) -> None:
         """Let those select that must, into the slots that are attended."""
         from tokenselect.ops.gpu.score import Spans, score_tokens
-        from tokenselect.ops.gpu.topk import topk_tokens
+        from tokenselect.ops.gpu.topk import Maxima, topk_tokens
 
         tables, config, (batch, _, capacity, _) = self.tables, self.tables.config, self.tables.cache
         spans = Spans([capacity] * batch, [1] * batch, batch * capacity, tables.start_loc)
         keys, key_scales, center = self.layer.scored_rows()
+        maxima = Maxima.of(batch, capacity, config.num_selected_tokens, queries.device)
         votes, _ = score_tokens(
             queries, keys, tables.pages, tables.sequences, tables.candidates, tables.distances,
-            vote_scale(scale, tables.table, config), None, key_scales, center, spans, attended.served,
+            vote_scale(scale, tables.table, config), None, key_scales, center, spans, attended.served, maxima,
         )  # fmt: skip
         topk_tokens(
             votes, tables.start_loc, config.num_selected_tokens, capacity,
             into=attended.slots[:, tables.selected], firsts=tables.first_candidate, served=attended.served,
+            maxima=maxima,
         )  # fmt: skip
 
     def _attend(self, attended: Attended, queries: Tensor, scale: float, out: Tensor, **options: Any) -> None:

@@ -9,52 +9,53 @@ from torch import Tensor
 from tokenselect.ops.gpu.bounds import overlap
 from tokenselect.ops.gpu.device_code import after_predecessor
 
-_SLOTS_AT_ONCE = 1024
+_WARPS = 8
+
+
+@triton.jit
+def _sums(a, b, c, more_a, more_b, more_c):
+    return a + more_a, b + more_b, c + more_c
 
 
 @triton.jit
 def decide(
     queries, last_queries, numbers, positions, firsts, slots, bounds,
     threshold, reach, recent, sinks, chosen, num_slots,
-    SIZE: tl.constexpr, AT_ONCE: tl.constexpr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, SLOTS: tl.constexpr,
+    SIZE: tl.constexpr, AT_ONCE: tl.constexpr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, RECENT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid [sequences]: compare queries, remember what will be new, and write the slots that are not selected."""
+    """Grid [sequences]: compare queries, remember what will be new, and write the slots of the local window."""
     after_predecessor(OVERLAP)
     row, batch = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    position, window, first = tl.load(positions + row), tl.load(numbers + row), tl.load(firsts + row)
+    number = tl.arange(0, 8)
+    own_numbers = numbers + row + number * batch
+    before = tl.load(own_numbers, mask=number < 6, other=0)
     part, i = tl.arange(0, PARTS_PAD)[:, None], tl.arange(0, AT_ONCE)[None, :]
     inside = (part < PARTS) & (i < SIZE)
     place = (row * PARTS + part) * SIZE + i
     now = tl.load(queries + place, mask=inside, other=0.0).to(tl.float32)
     then = tl.load(last_queries + place, mask=inside, other=0.0)
-    norms = tl.maximum(tl.sum(now * now, axis=1) * tl.sum(then * then, axis=1), 1e-30)
-    alike = tl.sum(now * then, axis=1) / tl.sqrt(norms) >= threshold  # never where there is no number
+    product, square, last_square = tl.reduce((now * then, now * now, then * then), 1, _sums)
+    alike = product / tl.sqrt(tl.maximum(square * last_square, 1e-30)) >= threshold  # never where there is no number
     unlike = tl.sum(((tl.arange(0, PARTS_PAD) < PARTS) & (alike == 0)).to(tl.int32), axis=0)
 
-    number = numbers + row
-    position, window, first = tl.load(positions + row), tl.load(number), tl.load(firsts + row)
     serves = ((unlike == 0) & (position - window < reach)).to(tl.int64)
+    own_slots = slots + row * num_slots + sinks + chosen
     if serves == 0:
         window = position + 1 - recent
+        n = tl.arange(0, RECENT)
+        tl.store(own_slots + n, first + window + n, mask=n < recent)
         tl.store(last_queries + place, now, mask=inside)
+    else:
+        tl.store(own_slots + position - window, first + position)
     length = sinks + chosen + position + 1 - window
-    tl.store(number, window)
-    tl.store(number + batch, serves)
-    tl.store(number + 2 * batch, tl.load(number + 2 * batch) + 1)
-    tl.store(number + 3 * batch, tl.load(number + 3 * batch) + serves)
-    tl.store(number + 4 * batch, tl.load(number + 4 * batch) + length)
-    tl.store(number + 5 * batch, tl.load(number + 5 * batch) + position + 1)
-    bound = bounds + 4 * row
-    tl.store(bound, row)
-    tl.store(bound + 1, 1)
-    tl.store(bound + 2, row * num_slots)
-    tl.store(bound + 3, length)
-
-    for at in range(0, num_slots, SLOTS):
-        n = at + tl.arange(0, SLOTS)
-        token = tl.where(n < sinks, n, window + n - sinks - chosen)
-        is_given = (n < sinks) | (n >= sinks + chosen)
-        tl.store(slots + row * num_slots + n, first + token, mask=is_given & (n < length))
+    bound = tl.where(number == 0, row, tl.where(number == 1, 1, tl.where(number == 2, row * num_slots, length)))
+    tl.store(bounds + 4 * row + number, bound, mask=number < 4)
+    # In this order: lookups, hits, tokens attended, tokens available.
+    more = tl.where(number == 2, 1, tl.where(number == 3, serves, tl.where(number == 4, length, position + 1)))
+    after = tl.where(number == 0, window, tl.where(number == 1, serves, before + more))
+    tl.store(own_numbers, after, mask=number < 6)
 
 
 def decide_reuse(
@@ -76,7 +77,7 @@ def decide_reuse(
     """Decide for each sequence whether its last selection serves its query again; else a new one must be made.
 
     Afterwards all is as `selection.select_tokens`, the definition, would leave it, but for the selected slots of a
-    sequence that is not served.
+    sequence that is not served. Positions follow each other, so of a window that serves again only the end is written.
 
     Args:
         queries: [B, Hq, D].
@@ -85,7 +86,7 @@ def decide_reuse(
             lookups, hits, tokens attended, tokens available.
         positions: [B] int64, of the queries; only read.
         firsts: [B] int64, rows of the cache that hold the sequences' first tokens.
-        slots: [B, n] int64, rows of the cache to attend: sinks, selected tokens, local window.
+        slots: [B, n] int64, rows of the cache to attend: sinks, which are there already, selected tokens, local window.
         bounds: [4 * B] int64; of each sequence its query, 1, where its slots begin, how many are attended.
         num_sinks: first tokens, always attended.
         num_local: tokens before a query that are always attended; a window that reached twice as far serves no more.
@@ -99,5 +100,5 @@ def decide_reuse(
         queries.contiguous(), last_queries, numbers, positions, firsts, slots, bounds,
         threshold, 2 * num_local, num_local + num_own, num_sinks, num_selected, slots.shape[1],
         SIZE=size, AT_ONCE=triton.next_power_of_2(size), PARTS=parts, PARTS_PAD=triton.next_power_of_2(parts),
-        SLOTS=_SLOTS_AT_ONCE, num_warps=8, **overlap(queries.device),
+        RECENT=triton.next_power_of_2(num_local + num_own), num_warps=_WARPS, **overlap(queries.device),
     )  # fmt: skip

@@ -18,6 +18,7 @@ from tokenselect.ops.gpu.score_kernels import (
     score_tiles,
     sum_votes,
 )
+from tokenselect.ops.gpu.topk import Maxima
 from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import Distances
 
@@ -26,7 +27,7 @@ _LEAST_ROWS, _MOST_ROWS = (8, 32) if torch.version.hip is None else (16, 32)
 _LEAST_DEPTH = 32  # of a product of integers
 _WARPS, _STAGES = 4, 3
 _MOST_WEIGHTS = 2**29  # exponentials kept at once: 1 GiB
-_MOST_TILES_EACH, _PROGRAMS = 32, 2048
+_LEAST_TILES_EACH, _MOST_TILES_EACH, _PROGRAMS = 4, 32, 1024
 _TOKEN_ROWS_SUMMED = 8192  # at once, of a program
 _ONCE, _BY_TILE, _BY_TOKEN = (int(how.value) for how in (ONCE, BY_TILE, BY_TOKEN))
 
@@ -61,11 +62,13 @@ def score_tokens(
     key_center: Tensor | None = None,
     spans: Spans | None = None,
     served: Tensor | None = None,
+    maxima: Maxima | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.reference.score_tokens`.
 
     `spans` is given where they, or bounds of them, are known without asking the device; `served`, [num_blocks] int64,
-    is not 0 for blocks that need no votes, which must not share reads of the keys.
+    is not 0 for blocks that need no votes, which must not share reads of the keys. `maxima`, for `topk_tokens`, are
+    written to where there is no `context`.
     """
     candidates = candidates.contiguous()
     context = candidates if context is None else context.contiguous()
@@ -83,6 +86,7 @@ def score_tokens(
         [_whole(view) for view in distances],
         scale,
         served,
+        maxima,
     )
     for part in _parts(spans, len(distances) * queries.shape[1]):
         call.score(part, spans, votes)
@@ -169,6 +173,7 @@ class _Call:
     views: list[Distances]
     scale: float
     served: Tensor | None
+    maxima: Maxima | None
 
     def score(self, part: _Part, spans: Spans, votes: Tensor) -> None:
         """Fill in the votes of some blocks."""
@@ -177,7 +182,8 @@ class _Call:
         shape = self._rows(part, launches)
         groups = -(-(part.last - part.first) // shape.blocks)
         num_tiles = max(1, -(-max(spans.longest[part.first : part.last]) // block_t))
-        tiles_each = max(1, min(_MOST_TILES_EACH, num_tiles * num_kv_heads * groups // _PROGRAMS))
+        wanted = max(_LEAST_TILES_EACH, num_tiles * num_kv_heads * groups // _PROGRAMS)
+        tiles_each = min(_MOST_TILES_EACH, wanted)
         shares = -(-num_tiles // tiles_each)
         kept = torch.float32 if self.keys.dtype == torch.float32 else torch.float16
         places = (len(launches), groups, num_kv_heads)
@@ -195,12 +201,18 @@ class _Call:
                 stats[i], totals[i], context, served, blocks, shares, tiles_each * block_t, BLOCKS=shape.blocks,
                 ROWS=shape.rows, GROUP_PAD=shape.group_pad, BLOCK=256, num_warps=4, **overlap(device),
             )  # fmt: skip
-        tiles_summed = max(1, _TOKEN_ROWS_SUMMED // (block_t * shape.rows))
+        tiles_summed, chunks, chunk = max(1, _TOKEN_ROWS_SUMMED // (block_t * shape.rows)), 0, 0
+        maxima = num_listed = None
+        if self.maxima is not None:
+            chunks, chunk = self.maxima.chunks, self.maxima.chunk
+            maxima, num_listed = self.maxima.values[part.first * chunks :], self.maxima.num_listed[part.first :]
+            tiles_summed = max(tiles_summed, chunk // block_t)
         sum_votes[groups, -(-num_tiles // tiles_summed)](
-            weights, peaks, totals, candidates, context, served, spans.start_loc[part.first :], votes, blocks,
-            num_tiles, groups, KV=num_kv_heads, KV_PAD=_power_of_2(num_kv_heads), GROUP=shape.group,
-            GROUP_PAD=shape.group_pad, BLOCKS=shape.blocks, LAUNCHES=len(launches), ROWS=shape.rows,
-            BLOCK_T=block_t, TILES=tiles_summed, num_warps=8, **overlap(device),
+            weights, peaks, totals, candidates, context, served, spans.start_loc[part.first :], votes, maxima,
+            num_listed, blocks, num_tiles, groups, chunks, CHUNK=chunk, KV=num_kv_heads,
+            KV_PAD=_power_of_2(num_kv_heads), GROUP=shape.group, GROUP_PAD=shape.group_pad, BLOCKS=shape.blocks,
+            LAUNCHES=len(launches), ROWS=shape.rows, BLOCK_T=block_t, TILES=tiles_summed, num_warps=4,
+            **overlap(device),
         )  # fmt: skip
 
     def _launches(self) -> list[tuple[list[Distances], int]]:

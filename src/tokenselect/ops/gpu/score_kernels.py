@@ -278,11 +278,16 @@ def _view_sums(totals, KV: tl.constexpr, KV_PAD: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def sum_votes(
-    weights, peaks, totals, candidates, context, served, start_loc, votes, num_blocks, num_tiles, num_groups,
-    KV: tl.constexpr, KV_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCKS: tl.constexpr,
-    LAUNCHES: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, TILES: tl.constexpr, OVERLAP: tl.constexpr,
+    weights, peaks, totals, candidates, context, served, start_loc, votes, maxima, num_listed,
+    num_blocks, num_tiles, num_groups, num_chunks,
+    CHUNK: tl.constexpr, KV: tl.constexpr, KV_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    BLOCKS: tl.constexpr, LAUNCHES: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, TILES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid [groups, pieces of TILES tiles]: add the normalised weights of all heads and views."""
+    """Grid [groups, pieces of TILES tiles]: add the normalised weights of all heads and views.
+
+    Where `maxima` of chunks of CHUNK votes are wanted (see `topk.Maxima`), a context has candidates only.
+    """
     after_predecessor(OVERLAP)
     if is_served(served, tl.program_id(0) * BLOCKS):
         return
@@ -314,4 +319,12 @@ def sum_votes(
             mine = (r // GROUP_PAD % BLOCKS == n) & (r % GROUP_PAD < GROUP)
             own_votes = tl.sum(tl.where(mine[None, None, :], out, 0.0), axis=2)
             place = votes + tl.load(start_loc + block) + offset - low
-            tl.store(place, own_votes, mask=(offset >= low) & (offset < high))
+            is_vote = (offset >= low) & (offset < high)
+            tl.store(place, own_votes, mask=is_vote)
+            if maxima is not None:
+                bits = tl.where(is_vote, own_votes.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
+                chunk = first_tile * BLOCK_T // CHUNK + tl.arange(0, TILES * BLOCK_T // CHUNK)
+                most = tl.max(tl.reshape(bits, [TILES * BLOCK_T // CHUNK, CHUNK]), axis=1)
+                tl.store(maxima + block.to(tl.int64) * num_chunks + chunk, most, mask=chunk < num_chunks)
+                if first_tile == 0:
+                    tl.store(num_listed + block, 0)

@@ -7,6 +7,7 @@ chosen positions of its own slice.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -189,6 +190,31 @@ def write_chosen(
     tl.store(out + block.to(tl.int64) * out_stride + place, found, mask=mine)
 
 
+@dataclass(frozen=True, slots=True)
+class Maxima:
+    """Of chunks of the votes, for `topk_tokens`.
+
+    Attributes:
+        values: [num_blocks * chunks] int32, bits of the largest vote of each; -1: there is none.
+        num_listed: [num_blocks] int32, 0.
+        chunk: votes in each, a power of 2.
+        chunks: of a block.
+    """
+
+    values: Tensor
+    num_listed: Tensor
+    chunk: int
+    chunks: int
+
+    @classmethod
+    def of(cls, blocks: int, longest: int, k: int, device: torch.device) -> Maxima:
+        """Room for them, not written to."""
+        chunk = min(_slice(longest), _per_chunk(longest, k))
+        chunks = triton.cdiv(longest, chunk)
+        room = torch.empty(blocks * (chunks + 1), dtype=torch.int32, device=device)
+        return cls(room[: blocks * chunks], room[blocks * chunks :], chunk, chunks)
+
+
 def topk_tokens(
     votes: Tensor,
     start_loc: Tensor,
@@ -197,6 +223,7 @@ def topk_tokens(
     into: Tensor | None = None,
     firsts: Tensor | None = None,
     served: Tensor | None = None,
+    maxima: Maxima | None = None,
 ) -> Tensor:
     """See `ops.reference.topk_tokens`.
 
@@ -208,22 +235,23 @@ def topk_tokens(
         into: [num_blocks, k] int64, any stride between rows, that is written to and returned.
         firsts: [num_blocks] int64, added to what is found in each block.
         served: [num_blocks] int64, not 0 for blocks that are left as they are.
+        maxima: of the votes, where they are there already.
     """
     votes, blocks, device = votes.contiguous(), start_loc.shape[0] - 1, votes.device
     longest = _longest(votes, start_loc) if longest is None else longest
-    size = _LEAST_SLICE if longest <= _LEAST_SLICE * _SLICES else _MOST_SLICE
-    chunk = min(size, _per_chunk(longest, k))
-    chunks = triton.cdiv(longest, chunk)
-    maxima = torch.empty(blocks * (chunks + 1), dtype=torch.int32, device=device)
-    num_listed = maxima[blocks * chunks :]
+    size = _slice(longest)
     listed, listed_at = torch.empty((2, blocks, longest), dtype=torch.int32, device=device)
     out = torch.empty((blocks, k), dtype=torch.int64, device=device) if into is None else into
     start_loc, grid = start_loc.to(device), (blocks, triton.cdiv(longest, size))
-    find_maxima[grid](
-        votes, start_loc, served, maxima, num_listed, chunks, SLICE=size, CHUNK=chunk, num_warps=8, **overlap(device)
-    )
+    if maxima is None:
+        maxima = Maxima.of(blocks, longest, k, device)
+        find_maxima[grid](
+            votes, start_loc, served, maxima.values, maxima.num_listed, maxima.chunks,
+            SLICE=size, CHUNK=maxima.chunk, num_warps=8, **overlap(device),
+        )  # fmt: skip
+    chunks, num_listed = maxima.chunks, maxima.num_listed
     list_votes[grid](
-        votes, start_loc, served, maxima, listed, listed_at, num_listed, chunks, k, longest,
+        votes, start_loc, served, maxima.values, listed, listed_at, num_listed, chunks, k, longest,
         SLICE=size, AT_HAND=min(2 * _AT_HAND, triton.next_power_of_2(chunks)), num_warps=16, **overlap(device),
     )  # fmt: skip
     write_chosen[grid](
@@ -231,6 +259,11 @@ def topk_tokens(
         SLICE=size, AT_HAND=_AT_HAND, num_warps=8, **overlap(device),
     )  # fmt: skip
     return out
+
+
+def _slice(longest: int) -> int:
+    """Votes per program."""
+    return _LEAST_SLICE if longest <= _LEAST_SLICE * _SLICES else _MOST_SLICE
 
 
 def _longest(votes: Tensor, start_loc: Tensor) -> int:
