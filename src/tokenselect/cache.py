@@ -289,16 +289,15 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         kept = [] if own.remembered is None else own.remembered.places()
         return [own.keys, own.values, *copy, *kept]
 
-    def remembered(self, padding: list[int], make: Callable[[list[int]], Any]) -> Any:
-        """What the device remembers, from now on more than our states; made of the rows of the first tokens."""
+    def remembered(self, padding: list[int], make: Callable[[Sequence[int], list[int]], Any]) -> Any:
+        """What the device remembers, from now on more than our states; made of rows and padding."""
         own = self._own
         assert own is not None
-        batch, heads, capacity, _ = own.keys.shape
-        firsts = [i * heads * capacity + pad for i, pad in zip(range(batch), padding, strict=True)]
-        if own.remembered is None or own.remembered.firsts != firsts:
+        if own.remembered is None or own.remembered.padding != padding:
             own.forget_rows()
-            own.remembered = make(firsts)
-        own.remembered.take(own.states, [own.length - pad for pad in padding])
+            batch, heads, capacity, _ = own.keys.shape
+            own.remembered = make(range(0, batch * heads * capacity, heads * capacity), padding)
+        own.remembered.take(own.states, own.length)
         return own.remembered
 
     def count_one(self, num_attended: int | None, padding: list[int]) -> None:

@@ -35,14 +35,18 @@ class Remembered:
     """What a layer selected last for each sequence of its cache.
 
     Args:
-        firsts: rows of the cache that hold the sequences' first tokens.
+        rows: of the cache at which the sequences begin.
+        padding: rows before each sequence's first token.
         num_slots: the most tokens that a query attends.
         selected: which of these are the selected ones.
         device: of the cache.
     """
 
-    def __init__(self, firsts: Sequence[int], num_slots: int, selected: slice, device: torch.device) -> None:
-        self.firsts, self.first = list(firsts), torch.tensor(firsts, device=device)
+    def __init__(
+        self, rows: Sequence[int], padding: list[int], num_slots: int, selected: slice, device: torch.device
+    ) -> None:
+        self.padding, self.firsts = padding, [row + pad for row, pad in zip(rows, padding, strict=True)]
+        self.first = torch.tensor(self.firsts, device=device)
         # Where the window began, whether the last step was served; lookups, hits, tokens attended and available
         self.numbers = torch.zeros((6, len(self.firsts)), dtype=torch.int64, device=device)
         bounds = torch.zeros(4 * len(self.firsts), dtype=torch.int64, device=device)
@@ -63,8 +67,8 @@ class Remembered:
         kept = [self.first, self.numbers, self.attended.slots, self.attended.bounds]
         return kept if self.queries is None else [*kept, self.queries]
 
-    def take(self, states: Sequence[SelectionState], lengths: Sequence[int]) -> None:
-        """From now on the device knows more than the states of the sequences, which are as long."""
+    def take(self, states: Sequence[SelectionState], length: int) -> None:
+        """From now on the device knows more than the states of sequences of `length` tokens, padding counted."""
         if self._is_ahead:
             return
         self._is_ahead = True
@@ -76,7 +80,7 @@ class Remembered:
                 self.last_queries(state.query.expand(len(states), -1, -1))[i] = state.query
                 slots = self.attended.slots[i]
                 slots[self._selected] = state.indices + first
-                recent = slots[self._selected.stop :][: lengths[i] - state.window_start]
+                recent = slots[self._selected.stop :][: length - self.padding[i] - state.window_start]
                 torch.arange(recent.shape[0], out=recent).add_(state.window_start + first)
         self.numbers.copy_(numbers, non_blocking=True)
 

@@ -129,9 +129,9 @@ class SteadyLayer:
             make = partial(Remembered, num_slots=tables.num_slots, selected=tables.selected, device=layer.device)
             self.remembered = layer.remembered(tables.padding, make)
 
-    def place(self) -> list[tuple[int, torch.Size]]:
-        """Where everything lies that a step reads and writes."""
-        return [(part.data_ptr(), part.shape) for part in self.layer.places()]
+    def place(self) -> list[int]:
+        """Where everything lies that a step reads and writes; its shapes follow from the tables."""
+        return [part.data_ptr() for part in self.layer.places()]
 
     def count(self) -> None:
         """Note that a step was made."""

@@ -26,8 +26,10 @@ from tokenselect.ops.reference import Distances
 _LEAST_ROWS, _MOST_ROWS = (8, 32) if torch.version.hip is None else (16, 32)
 _LEAST_DEPTH = 32  # of a product of integers
 _WARPS, _STAGES = 4, 3
+_WARPS_FEW_ROWS = 2  # where a product of integers has no more rows than it must
 _MOST_WEIGHTS = 2**29  # exponentials kept at once: 1 GiB
 _LEAST_TILES_EACH, _MOST_TILES_EACH, _PROGRAMS = 4, 32, 1024
+_PROGRAMS_IF_NEEDED = 512  # that may find nothing to do: all fit on the chip at once
 _TOKEN_ROWS_SUMMED = 8192  # at once, of a program
 _ONCE, _BY_TILE, _BY_TOKEN = (int(how.value) for how in (ONCE, BY_TILE, BY_TOKEN))
 
@@ -182,7 +184,8 @@ class _Call:
         shape = self._rows(part, launches)
         groups = -(-(part.last - part.first) // shape.blocks)
         num_tiles = max(1, -(-max(spans.longest[part.first : part.last]) // block_t))
-        wanted = max(_LEAST_TILES_EACH, num_tiles * num_kv_heads * groups // _PROGRAMS)
+        programs = _PROGRAMS if self.served is None else _PROGRAMS_IF_NEEDED
+        wanted = max(_LEAST_TILES_EACH, num_tiles * num_kv_heads * groups // programs)
         tiles_each = min(_MOST_TILES_EACH, wanted)
         shares = -(-num_tiles // tiles_each)
         kept = torch.float32 if self.keys.dtype == torch.float32 else torch.float16
@@ -262,7 +265,8 @@ class _Call:
             self.scale, own.stop - own.start, peaks.shape[2], tiles_each, pages.page_size, last.run_size,
             self.keys.stride(0), self.keys.stride(1), scales.stride(0), scales.stride(1), pages.pages.stride(0),
             **sizes, HOW=how, ONE_PAGE=pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
-            HAS_CENTER=self.key_center is not None, HAS_CONTEXT=self.context is not self.candidates, num_warps=_WARPS,
+            HAS_CENTER=self.key_center is not None, HAS_CONTEXT=self.context is not self.candidates,
+            num_warps=_WARPS_FEW_ROWS if shape.rows == _LEAST_ROWS and self.key_scales is not None else _WARPS,
             num_stages=1 if exact or how == _BY_TOKEN else 2 if shape.blocks > 1 else _STAGES,
         )  # fmt: skip
 
