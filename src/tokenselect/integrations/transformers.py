@@ -30,6 +30,7 @@ from tokenselect.config import TokenSelectConfig
 from tokenselect.hardware import keep_freed_memory
 from tokenselect.integrations.host import Host, check_offload, inspect_model, learn_rotary
 from tokenselect.integrations.passes import plan_pass
+from tokenselect.integrations.room import with_room
 from tokenselect.integrations.steady import SteadySteps
 from tokenselect.integrations.steps import Steps, quicken_linears
 from tokenselect.integrations.undo import override, put_back
@@ -140,6 +141,7 @@ class TokenSelect:
             _PROMPT_END.reset(token)
 
     @torch.no_grad()
+    @with_room
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward: long inputs in chunks, each with its plan."""
         if self.host.decoder.training:

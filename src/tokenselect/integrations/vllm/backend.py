@@ -24,7 +24,7 @@ from tokenselect.hardware import keep_freed_memory
 from tokenselect.integrations.vllm import refusals
 from tokenselect.integrations.vllm.int8_copy import CopyWork, Int8Copy, plan_copies
 from tokenselect.integrations.vllm.metrics import Metrics
-from tokenselect.integrations.vllm.requests import RequestTable, current_requests, watch_batches
+from tokenselect.integrations.vllm.requests import RequestTable, adapt_runner, current_requests
 from tokenselect.integrations.vllm.rotary import table_of, take_rope
 from tokenselect.integrations.vllm.settings import read_settings, trace_folder, trained_window
 from tokenselect.integrations.vllm.step import Scoring, Step, plan_step
@@ -96,7 +96,7 @@ class TokenSelectBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
         folder = trace_folder(vllm_config)
         traces = None if folder is None else TraceFolder(folder, vllm_config)
         self.requests = RequestTable(self.config, traces, self.metrics.leave)
-        watch_batches()
+        adapt_runner()
         keep_freed_memory(device)
         self.metrics.announce(self.config, self.ops.NAME, self.page_size)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenselect.config import TokenSelectConfig
 from tokenselect.integrations.ragged import Stretch
+from tokenselect.integrations.room import with_room
 from tokenselect.integrations.vllm.settings import request_settings, wants_trace
 from tokenselect.integrations.vllm.traces import RequestTrace, TraceFolder
 from tokenselect.selection import SelectionState
@@ -26,8 +27,11 @@ def current_requests() -> Sequence[Any]:
     return _BATCH.get()
 
 
-def watch_batches() -> None:
-    """Let vLLM's model runner tell whose attention metadata it builds: the builders are told lengths only."""
+def adapt_runner() -> None:
+    """Let vLLM's model runner tell whose attention metadata it builds, and give what it runs room on Python's stack.
+
+    The builders are told lengths only.
+    """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     original = GPUModelRunner._build_attention_metadata
@@ -40,6 +44,7 @@ def watch_batches() -> None:
             return original(self, *args, **kwargs)
 
     GPUModelRunner._build_attention_metadata = build
+    GPUModelRunner.execute_model = with_room(GPUModelRunner.execute_model)
 
 
 @contextmanager
