@@ -8,7 +8,7 @@ every layer does so again, and the other threads of a forward pass are interrupt
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import update_wrapper
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -21,9 +21,8 @@ _FRAME = 1 << 13
 def with_room(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, called where the frames of all that it calls find room."""
 
-    @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         return function(*args, **kwargs)
 
     call.__code__ = call.__code__.replace(co_stacksize=_FRAME)
-    return call
+    return update_wrapper(call, function)
