@@ -36,8 +36,8 @@ NUM_WRITTEN, NUM_WARM = 24, 4
 METHODS: dict[str, TokenSelectConfig | None] = {
     "tokenselect": TokenSelectConfig(),
     "tokenselect, kv_offload": TokenSelectConfig(kv_offload=True),
-    "tokenselect, Selection Cache, hits": TokenSelectConfig(reuse_threshold=0.0),
-    "tokenselect, Selection Cache, misses": TokenSelectConfig(reuse_threshold=1.0),
+    "tokenselect, Selection Cache, threshold 0": TokenSelectConfig(reuse_threshold=0.0),
+    "tokenselect, Selection Cache, threshold 1": TokenSelectConfig(reuse_threshold=1.0),
     "dense": None,
 }
 
@@ -154,7 +154,7 @@ def _row(
         "kept_gb": round(kept / 1e9, 2),
         "rows_brought": round(brought) if "offload" in method else "",
     }
-    print(f"{length:>7} {method:<38} {seconds:6.2f} s {p50:7.2f} ms a token  {peak / 1e9:.1f} GB", flush=True)
+    print(f"{length:>7} {method:<41} {seconds:6.2f} s {p50:7.2f} ms a token  {peak / 1e9:.1f} GB", flush=True)
     return row
 
 

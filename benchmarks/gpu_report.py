@@ -41,8 +41,8 @@ Transformers runs it: SDPA over its DynamicCache, the prompt in one pass, decode
 ours are CUDA graphs where every step selects. So the time of a step is next to that of its kernels alone, added up:
 the rest is the host. Memory is what torch had allocated on the GPU, weights included: at its peak while the prompt is
 read, and after it. Rows are keys and values of one token in one layer that a step brings in from host memory; random
-weights select other tokens every time, a real model's steps fewer. Selection Cache, hits: every step reuses the last
-selection that may (`reuse_threshold=0`); misses: none does, but every layer asks (`reuse_threshold=1`).
+weights select other tokens every time, a real model's steps fewer. At threshold 0 of the Selection Cache a step reuses
+the last selection where no KV head's queries point away from those of then; at 1 none does, but every layer asks.
 """
 
 
