@@ -30,9 +30,11 @@ $(VENV)/.package: $(VENV)/.base pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(VENV)/.package $(VENV)/.data  ## find facts in documents twice as long as the model's window
 	HF_HUB_OFFLINE=1 $(BIN)/tokenselect demo $(DEMO_ARGS)
 
-# On the machine with the GPU, with the Python that has its PyTorch and Triton: nothing is installed or fetched.
+# On the machine with the GPU, with the Python that has its PyTorch and Triton: nothing is installed or fetched. Most of the
+# time kernels are compiled, by several processes where pytest-xdist is there.
+AT_ONCE = $(shell $(PYTHON) -c "import xdist" 2> /dev/null && echo "-n 8")
 test-gpu:  ## the Triton kernels and the offloaded cache, tested on the GPU itself
-	PYTHONPATH=src $(PYTHON) -m pytest tests/ops/test_gpu.py tests/ops/test_gpu_norm.py tests/ops/test_resident.py tests/test_offload.py \
+	PYTHONPATH=src $(PYTHON) -m pytest $(AT_ONCE) tests/ops/test_gpu.py tests/ops/test_gpu_norm.py tests/ops/test_resident.py tests/test_offload.py \
 		tests/integrations/test_captured.py tests/integrations/test_remembered.py tests/integrations/test_steady.py
 
 bench-gpu:  ## one layer's attention and a 7B-shaped model on the GPU against dense attention: about five minutes

@@ -268,6 +268,17 @@ void fill_slots(StableIValue* stack, uint64_t, uint64_t) {
   store_slots(args);
 }
 
+void range_slots(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor ranges(stack[0], "ranges"), pages(stack[1], "pages"), padding(stack[2], "padding");
+  const Tensor slots(stack[4], "slots");
+  RangesArgs args{};
+  args.ranges = ranges.shaped({-1, 3}).data<int64_t>(), args.num_ranges = ranges.size(0);
+  args.pages = pages_of(pages, value_of<int64_t>(stack[3]), padding);
+  args.slots = slots.shaped({-1}).data<int64_t>();
+  check_values(args, pages.size(0), slots.size(0));
+  store_ranges(args);
+}
+
 void write_rows(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor keys(stack[0], "keys"), values(stack[1], "values"), slots(stack[2], "slots");
   const Tensor key_rows(stack[3], "key_rows"), value_rows(stack[4], "value_rows");
@@ -317,6 +328,7 @@ __attribute__((visibility("default"))) int tokenselect_register() {
          aoti_torch_library_impl(library, "pool_queries", tokenselect::pool_queries) ||
          aoti_torch_library_impl(library, "write_rows", tokenselect::write_rows) ||
          aoti_torch_library_impl(library, "fill_slots", tokenselect::fill_slots) ||
+         aoti_torch_library_impl(library, "range_slots", tokenselect::range_slots) ||
          aoti_torch_library_impl(library, "quantize_into", tokenselect::quantize_into);
 }
 __attribute__((visibility("default"))) int tokenselect_use(const char* name) { return tokenselect::use_kernels(name); }

@@ -129,6 +129,22 @@ void check_values(const SlotsArgs& a, int64_t num_sequences, int64_t num_slots) 
   }
 }
 
+void check_values(const RangesArgs& a, int64_t num_sequences, int64_t num_slots) {
+  check_range("page_size", a.pages.page_size, 1, int64_t(1) << 40);
+  int64_t left = num_slots;
+  for (int64_t i = 0; i < a.num_ranges; i++) {
+    const int64_t sequence = a.ranges[3 * i], from = a.ranges[3 * i + 1], to = a.ranges[3 * i + 2];
+    check_range("sequences", sequence, -1, num_sequences - 1);
+    check_range("ranges", from, 0, to);
+    check_range("positions of all ranges", to - from, 0, left);
+    left -= to - from;
+    if (sequence < 0) continue;
+    check_range("padding", a.pages.padding[sequence], 0, a.pages.page_size);
+    check_range("ranges", to, 0, a.pages.max_pages * a.pages.page_size - a.pages.padding[sequence]);
+  }
+  check_range("slots", num_slots, num_slots - left, num_slots - left);
+}
+
 void check_values(const WriteArgs& a) {
   check_range("slots", a.count, 0, a.from[0].count);
   const int64_t rows = a.to[0].count < a.to[1].count ? a.to[0].count : a.to[1].count;

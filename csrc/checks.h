@@ -22,6 +22,7 @@ void check_values(const AttentionArgs&, const AttentionSizes&);
 void check_values(const WriteArgs&);
 void check_values(const QuantizeArgs&, int64_t num_centers);
 void check_values(const SlotsArgs&, int64_t num_sequences, int64_t num_slots);
+void check_values(const RangesArgs&, int64_t num_sequences, int64_t num_slots);
 
 // Heads that the kernels take: whole groups of vectors of 16, pairs that fit in.
 void check_heads(int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t half);

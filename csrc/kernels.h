@@ -172,6 +172,16 @@ struct SlotsArgs {
 
 void store_slots(const SlotsArgs&);
 
+// Ranges of positions as rows of the cache, one after the other.
+struct RangesArgs {
+  const int64_t* ranges;  // [num_ranges, 3]: sequence, or a negative number for zeros, from, to
+  int64_t num_ranges;
+  Pages pages;
+  int64_t* slots;
+};
+
+void store_ranges(const RangesArgs&);
+
 // One set per instruction set.
 struct Kernels {
   const char* name;

@@ -28,4 +28,14 @@ void store_slots(const SlotsArgs& a) {
   }
 }
 
+void store_ranges(const RangesArgs& a) {
+  int64_t* out = a.slots;
+  for (int64_t i = 0; i < a.num_ranges; i++) {
+    const int64_t sequence = a.ranges[3 * i], from = a.ranges[3 * i + 1], to = a.ranges[3 * i + 2];
+    if (sequence < 0) std::memset(out, 0, (to - from) * sizeof(int64_t));
+    else rows_of(a.pages, sequence, from, to, out);
+    out += to - from;
+  }
+}
+
 }  // namespace tokenselect

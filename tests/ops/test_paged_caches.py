@@ -55,6 +55,18 @@ def test_chosen_tokens_are_found_in_their_pages(ops: Any, layout: str) -> None:
     assert torch.equal(slots, expected)
 
 
+@backends
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranges_of_positions_are_found_in_their_pages(ops: Any, layout: str) -> None:
+    pages = LAYOUTS[layout](sequences_of([41, 60], 2, 16, torch.float32)).pages
+    ranges = [(1, 0, 4), (-1, 0, 3), (1, 17, 60), (0, 0, 41), (0, 40, 40), (0, 40, 41)]
+    expected = [torch.zeros(3) if s < 0 else pages.slots(s, torch.arange(a, b)) for s, a, b in ranges]
+    slots = ops.range_slots(ranges, pages)
+    assert slots.dtype == torch.int64
+    assert torch.equal(slots, torch.cat(expected).long())
+    assert ops.range_slots([], pages).shape == (0,)
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=shapes)
 @pytest.mark.parametrize("dim", [16, 80, 256])
@@ -105,6 +117,10 @@ def fill(**given: Any) -> None:
     cpu.fill_slots(**arguments | given)
 
 
+def ranges(*given: tuple[int, int, int]) -> None:
+    cpu.range_slots(given, PageTable(torch.tensor([[4, 2]]), 3, [0]))
+
+
 def quantize(**given: Any) -> None:
     arguments = {
         "rows": torch.rand(5, 2, 16),
@@ -131,6 +147,9 @@ def quantize(**given: Any) -> None:
         ("sequences must be between 0 and 0, got 1", lambda: fill(sequences=torch.tensor([1]))),
         ("places must be between 0 and 2, got 3", lambda: fill(places=torch.tensor([3]))),
         ("slots must be int64, got int32", lambda: fill(slots=torch.zeros(4, dtype=torch.int32))),
+        ("sequences must be between -1 and 0, got 1", lambda: ranges((1, 0, 1))),
+        ("ranges must be between 0 and 6, got 7", lambda: ranges((0, 5, 7))),
+        ("ranges must be between 0 and 3, got -1", lambda: ranges((0, -1, 3))),
         ("tokens must be between 0 and 4, got 5", lambda: quantize(tokens=torch.tensor([5]))),
         ("owners must be between 0 and 1, got 2", lambda: quantize(owners=torch.tensor([2]))),
         ("into must be between 0 and 5, got -1", lambda: quantize(into=torch.tensor([-1]))),
@@ -148,4 +167,5 @@ def test_wrong_arguments_are_named(sentence: str, call: Callable[[], None]) -> N
 def test_right_arguments_pass() -> None:
     write([0, 19, -1])
     fill()
+    ranges((0, 0, 6), (-1, 0, 9), (0, 6, 6))
     quantize()

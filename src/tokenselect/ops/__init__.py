@@ -1,8 +1,8 @@
 """The operations and the choice, made once, of who computes them.
 
 A backend is a module with `NAME`, `why_not`, `pool_queries`, `score_tokens`, `topk_tokens`, `sparse_attention`,
-`quantize_rows`, what paged caches need, `quantize_into`, `write_rows` and `fill_slots`, and what caches in host memory
-need, `claim_rows` and `move_rows`; `ops.reference` is the definition of each.
+`quantize_rows`, what paged caches need, `quantize_into`, `write_rows`, `range_slots` and `fill_slots`, and what caches
+in host memory need, `claim_rows` and `move_rows`; `ops.reference` is the definition of each.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Backend(Protocol):
     quantize_into: Callable[..., None]
     write_rows: Callable[..., None]
     fill_slots: Callable[..., None]
+    range_slots: Callable[..., Tensor]
     claim_rows: Callable[..., tuple[Tensor, Tensor]]
     move_rows: Callable[..., None]
 

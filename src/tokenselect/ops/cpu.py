@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokenselect.ops.paging import PageTable
+from tokenselect.ops.paging import PageTable, Range
 from tokenselect.ops.reference import Distances
 from tokenselect.ops.resident import claim_rows as claim_rows
 from tokenselect.ops.resident import move_rows as move_rows
@@ -47,6 +47,7 @@ _SCHEMAS = (
     "write_rows(Tensor keys, Tensor values, Tensor slots, Tensor(a!) key_rows, Tensor(b!) value_rows) -> ()",
     "fill_slots(Tensor chosen, Tensor sequences, Tensor pages, Tensor padding, int page_size, Tensor places, "
     "Tensor(a!) slots) -> ()",
+    "range_slots(Tensor ranges, Tensor pages, Tensor padding, int page_size, Tensor(a!) slots) -> ()",
     "quantize_into(Tensor rows, Tensor tokens, Tensor centers, Tensor owners, Tensor(a!) integers, Tensor(b!) scales, "
     "Tensor into) -> ()",
     "quantize_rows(Tensor rows, Tensor center, Tensor(a!) integers, Tensor(b!) scales) -> ()",
@@ -267,6 +268,15 @@ def fill_slots(chosen: Tensor, sequences: Tensor, pages: PageTable, places: Tens
     """See `ops.reference.fill_slots`."""
     table, padding = pages.pages.contiguous(), _padding(tuple(pages.padding))
     torch.ops.tokenselect.fill_slots(chosen, sequences, table, padding, pages.page_size, places, slots)
+
+
+def range_slots(ranges: Sequence[Range], pages: PageTable) -> Tensor:
+    """See `ops.reference.range_slots`."""
+    slots = torch.empty(sum(end - start for _, start, end in ranges), dtype=torch.int64)
+    table, padding = pages.pages.contiguous(), _padding(tuple(pages.padding))
+    given = torch.tensor(ranges, dtype=torch.int64).view(-1, 3)
+    torch.ops.tokenselect.range_slots(given, table, padding, pages.page_size, slots)
+    return slots
 
 
 @functools.lru_cache(maxsize=64)

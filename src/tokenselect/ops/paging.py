@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Range = tuple[int, int, int]
+
 
 @dataclass(frozen=True, slots=True)
 class PageTable:
@@ -53,6 +55,26 @@ class PageTable:
             first = page * self.page_size + begin % self.page_size
             return cache[first : first + end - start]
         return cache[self.slots(sequence, torch.arange(start, end, device=cache.device))]
+
+
+def range_slots(ranges: Sequence[Range], pages: PageTable) -> Tensor:
+    """Rows of the cache that hold ranges of positions, one after the other.
+
+    Args:
+        ranges: sequence, first position, and one past the last one; of the sequence -1: zeros, room for `fill_slots`.
+        pages: where each sequence's tokens lie.
+
+    Returns:
+        [sum of the ranges' lengths] int64.
+    """
+    device = pages.pages.device
+    total = sum(end - start for _, start, end in ranges)
+    sequences, starts, ends = torch.tensor(ranges, dtype=torch.int64).view(-1, 3).to(device).unbind(1)
+    lengths = ends - starts
+    owner = torch.repeat_interleave(lengths, output_size=total)
+    positions = torch.arange(total, device=device) + (ends - lengths.cumsum(0))[owner]
+    is_hole = sequences[owner] < 0
+    return pages.slots_of(sequences.clamp(min=0)[owner], positions.masked_fill(is_hole, 0)).masked_fill(is_hole, 0)
 
 
 def fill_slots(chosen: Tensor, sequences: Tensor, pages: PageTable, places: Tensor, slots: Tensor) -> None:

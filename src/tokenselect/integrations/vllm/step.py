@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from tokenselect.integrations.ragged import Stretch, cut_blocks
 from tokenselect.integrations.vllm.requests import RequestState
 from tokenselect.integrations.vllm.tally import Tally
 from tokenselect.ops import Backend
-from tokenselect.ops.paging import PageTable
+from tokenselect.ops.paging import PageTable, Range
 from tokenselect.rotary import RotaryTable
 from tokenselect.selection import (
     Block,
@@ -67,8 +67,7 @@ class Step:
         blocks: all blocks, in the order of their queries.
         query_start_loc: [num_blocks + 1] int64.
         pages: where each sequence's tokens lie.
-        sequences: [sum of attended] int64, and `positions`: what the blocks attend, with holes for what is chosen.
-        slots: [sum of attended] int64, their rows in the cache.
+        slots: [sum of attended] int64, rows of the cache that the blocks attend, with holes for what is chosen.
         slot_start_loc: [num_blocks + 1] int64.
         selections: who selects, and by which settings; nobody: every block attends all earlier tokens.
         states: of the requests, in the batch's order.
@@ -169,16 +168,14 @@ def plan_step(
                 selecting.setdefault(state.config, []).append(len(blocks))
             blocks.append(block)
     settings = {place: config for config, places in selecting.items() for place in places}
-    positions = [_positions(block, settings.get(i), table.cos.device) for i, block in enumerate(blocks)]
-    lengths = torch.tensor([part.shape[0] for part in positions], device=table.cos.device)
-    sequences = torch.tensor([block.sequence for block in blocks], device=lengths.device)
-    start_loc = torch.tensor([0, *accumulate(part.shape[0] for part in positions)])
+    ranges = [_ranges(block, settings.get(i)) for i, block in enumerate(blocks)]
+    start_loc = torch.tensor([0, *accumulate(sum(end - start for _, start, end in own) for own in ranges)])
     return Step(
         first_queries[-1],
         blocks,
         torch.tensor([0, *accumulate(block.end - block.start for block in blocks)]),
         pages,
-        pages.slots_of(torch.repeat_interleave(sequences, lengths), torch.cat(positions)),
+        ops.range_slots(list(chain.from_iterable(ranges)), pages),
         start_loc,
         [
             _selection(config, [blocks[place] for place in places], places, start_loc, table, max_distance)
@@ -203,14 +200,13 @@ def _recorders(states: Sequence[RequestState]) -> list[Recorder]:
     return recorders
 
 
-def _positions(block: Block, config: TokenSelectConfig | None, device: torch.device) -> Tensor:
-    """What a block attends; zeros where the chosen tokens go."""
+def _ranges(block: Block, config: TokenSelectConfig | None) -> list[Range]:
+    """What a block attends; room where the chosen tokens go."""
+    sequence = block.sequence
     if config is None:
-        return torch.arange(block.end, device=device)
-    window = candidates_end(block, config)
-    sinks = torch.arange(min(config.num_sink_tokens, window), device=device)
-    holes = sinks.new_zeros(config.num_selected_tokens)
-    return torch.cat((sinks, holes, torch.arange(window, block.end, device=device)))
+        return [(sequence, 0, block.end)]
+    window, k = candidates_end(block, config), config.num_selected_tokens
+    return [(sequence, 0, min(config.num_sink_tokens, window)), (-1, 0, k), (sequence, window, block.end)]
 
 
 def _selection(

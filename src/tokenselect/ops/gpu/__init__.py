@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenselect.ops.paging import PageTable
 from tokenselect.ops.paging import fill_slots as fill_slots
+from tokenselect.ops.paging import range_slots as range_slots
 from tokenselect.ops.paging import write_rows as write_rows
 from tokenselect.ops.reference import Distances
 
