@@ -1,5 +1,5 @@
-// Exact top-k: a histogram of the votes' leading bits finds the bin of the k-th, its members are sorted out, the rest
-// is decided by comparison. Two reads of the votes, ascending output, ties to the lowest index.
+// Exact top-k: a histogram of the votes' leading bits finds the bin of the k-th, one of its members' next bits those few
+// among which it is, and the rest is decided by comparison. Ascending output, ties to the lowest index.
 #include "simd.h"
 
 namespace tokenselect::TS_ISA {
@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kBins = 4096;  // sign, exponent and 3 bits of mantissa
 constexpr int kShift = 20;
+constexpr int kNextShift = 8;  // the 12 bits after those
 constexpr int64_t kChunk = 1 << 15;
 
 // Unsigned integers in the order of the floats.
@@ -56,47 +57,78 @@ struct Tally {
   int64_t above, equal;
 };
 
-// One block's votes in chunks, each handled by one thread in three passes: histogram, count, write.
+// The marked ones of a vector's values, one after the other; returns how many. A whole vector may be written.
+TS_INLINE int64_t compress(vu values, vi marked, uint32_t* out) {
+  uint32_t mask = mask_of(marked);
+#if defined(__AVX512F__)
+  if (mask) store(out, _mm512_maskz_compress_epi32((__mmask16)mask, (__m512i)values));
+  return __builtin_popcount(mask);
+#else
+  int64_t found = 0;
+  for (; mask; mask &= mask - 1) out[found++] = values[__builtin_ctz(mask)];
+  return found;
+#endif
+}
+
+// One block's votes in chunks, each handled by one thread in four passes: histogram, members, count, write.
 struct Selection {
   const float* votes;
   int64_t n, k, chunks;
   uint32_t* bins;     // [chunks, kBins]
-  uint32_t* members;  // [n] room for the values of the deciding bin
   Tally* tallies;     // [chunks]
+  uint32_t* members;  // [n] the values of the deciding bin, from the beginning of each chunk on
+  int64_t* found;     // [chunks] how many
+  int64_t above = 0;  // values in the bins above the deciding ones
   uint32_t threshold = 0;
   int64_t ties = 0;  // how many equal to the threshold are chosen
 
   int64_t begin(int64_t chunk) const { return chunk * n / chunks; }
 
-  void find_threshold();
+  uint32_t next_bin();
+  void collect(int64_t chunk, uint32_t bin) const;
+  void find_threshold(uint32_t bin);
   Tally tally(int64_t begin, int64_t end) const;
   void write(int64_t begin, int64_t end, Tally before, int64_t* out) const;
 };
 
-void Selection::find_threshold() {
-  int64_t above = 0;
-  int bin = kBins - 1;
-  for (;; bin--) {
+// The bin of the k-th value, after those `above`.
+uint32_t Selection::next_bin() {
+  for (uint32_t bin = kBins - 1;; bin--) {
     int64_t here = 0;
     for (int64_t c = 0; c < chunks; c++) here += bins[c * kBins + bin];
-    if (above + here >= k) break;
+    if (above + here >= k) return bin;
     above += here;
   }
-  int64_t found = 0;
-  for (int64_t i = 0; i < n;) {
-    if (i + W <= n) {  // most vectors hold no member of the bin
-      const vu value = ordered(load<vf>(votes + i));
-      uint32_t inside = mask_of((value >> kShift) == (uint32_t)bin);
-      for (; inside; inside &= inside - 1) members[found++] = value[__builtin_ctz(inside)];
-      i += W;
-    } else {
-      const uint32_t value = ordered(votes[i++]);
-      if ((int)(value >> kShift) == bin) members[found++] = value;
-    }
+}
+
+// A chunk's values in the bin, and a histogram of their next bits in place of the first.
+void Selection::collect(int64_t chunk, uint32_t bin) const {
+  uint32_t* own = members + begin(chunk);
+  int64_t count = 0, i = begin(chunk);
+  const int64_t end = begin(chunk + 1);
+  for (; i + W <= end; i += W) {
+    const vu value = ordered(load<vf>(votes + i));
+    count += compress(value, (value >> kShift) == bin, own + count);
   }
-  threshold = nth_largest(members, found, k - above);
+  for (; i < end; i++)
+    if (ordered(votes[i]) >> kShift == bin) own[count++] = ordered(votes[i]);
+  uint32_t* counts = bins + chunk * kBins;
+  __builtin_memset(counts, 0, kBins * sizeof(uint32_t));
+  for (int64_t m = 0; m < count; m++) counts[own[m] >> kNextShift & (kBins - 1)]++;
+  found[chunk] = count;
+}
+
+// Among the members whose next bits are `bin`.
+void Selection::find_threshold(uint32_t bin) {
+  int64_t few = 0;
+  for (int64_t c = 0; c < chunks; c++) {
+    const uint32_t* own = members + begin(c);
+    for (int64_t m = 0; m < found[c]; m++)  // no member is written over before it was read
+      if ((own[m] >> kNextShift & (kBins - 1)) == bin) members[few++] = own[m];
+  }
+  threshold = nth_largest(members, few, k - above);
   int64_t larger = 0;
-  for (int64_t i = 0; i < found; i++) larger += members[i] > threshold;
+  for (int64_t i = 0; i < few; i++) larger += members[i] > threshold;
   ties = k - above - larger;
 }
 
@@ -132,15 +164,22 @@ void Selection::write(int64_t begin, int64_t end, Tally before, int64_t* out) co
 }  // namespace
 
 static void select_block(const float* votes, int64_t n, int64_t k, int64_t* out, int64_t chunks) {
-  char* room = (char*)scratch(1, chunks * (kBins * sizeof(uint32_t) + sizeof(Tally)) + n * sizeof(uint32_t));
-  Selection s{votes, n, k, chunks, (uint32_t*)room, nullptr, nullptr};
+  const int64_t of_chunk = kBins * sizeof(uint32_t) + sizeof(Tally) + sizeof(int64_t);
+  char* room = (char*)scratch(1, chunks * of_chunk + n * sizeof(uint32_t));
+  Selection s{votes, n, k, chunks, (uint32_t*)room, nullptr, nullptr, nullptr};
   s.tallies = (Tally*)(s.bins + chunks * kBins);
-  s.members = (uint32_t*)(s.tallies + chunks);
+  s.found = (int64_t*)(s.tallies + chunks);
+  s.members = (uint32_t*)(s.found + chunks);
   auto counting = [&](int64_t a, int64_t b) {
     for (int64_t c = a; c < b; c++) count(votes + s.begin(c), s.begin(c + 1) - s.begin(c), s.bins + c * kBins);
   };
   parallel_for(chunks, 1, counting);
-  s.find_threshold();
+  const uint32_t bin = s.next_bin();
+  auto collecting = [&](int64_t a, int64_t b) {
+    for (int64_t c = a; c < b; c++) s.collect(c, bin);
+  };
+  parallel_for(chunks, 1, collecting);
+  s.find_threshold(s.next_bin());
   auto tallying = [&](int64_t a, int64_t b) {
     for (int64_t c = a; c < b; c++) s.tallies[c] = s.tally(s.begin(c), s.begin(c + 1));
   };
