@@ -44,13 +44,20 @@ read, and after it. Rows are keys and values of one token in one layer that a st
 weights select other tokens every time, a real model's steps fewer. At threshold 0 of the Selection Cache a step reuses
 the last selection where no KV head's queries point away from those of then; at 1 none does, but every layer asks.
 """
+_WITHIN_BUDGET = """### Contexts within the budget
+
+The same model; {device}, commit {commit}, {when}, `{command}`. Both took turns; medians of seven turns: of a
+prompt the best of three readings, of tokens the median of 24. Short passes are as fast as the host launches kernels,
+and the layers of a prompt go through ours one by one.
+"""
 
 
 def section(table: Table, number: Number) -> str:
     """The part of the page; empty where nothing was measured on a GPU."""
-    layer, model = _latest(read_rows("gpu")), _latest(read_rows("gpu_model"))
+    layer, model, short = (_latest(read_rows(name)) for name in ("gpu", "gpu_model", "gpu_within_budget"))
     parts = [_layer(layer, table, number)] if layer else []
-    return "\n".join(parts + ([_model(model, table)] if model else []))
+    parts += [_model(model, table)] if model else []
+    return "\n".join(parts + ([_within_budget(short, table)] if short else []))
 
 
 def _latest(rows: list[Row]) -> list[Row]:
@@ -86,6 +93,15 @@ def _model(rows: list[Row], table: Table) -> str:
     head = ("tokens", "method", "prompt, s", "tokens/s", "decode, ms", "kernels, ms", "peak, GB", "after, GB", "rows")
     text = _MODEL.format(weights=rows[0]["weights_gb"], **rows[0])
     return text + "\n" + table(head, map(_model_row, rows), text_columns=2)
+
+
+def _within_budget(rows: list[Row], table: Table) -> str:
+    found = {(row["method"], row["length"], row["phase"]): float(row["p50_ms"]) for row in rows}
+    cells = []
+    for length, phase in dict.fromkeys((row["length"], row["phase"]) for row in rows):
+        dense, ours = (found[name, length, phase] for name in ("dense", "tokenselect"))
+        cells.append([f"{int(length):,}", phase, f"{dense:.1f}", f"{ours:.1f}", f"{dense / ours:.2f}x"])
+    return _WITHIN_BUDGET.format(**rows[0]) + "\n" + table(("tokens", "", "dense, ms", "ours, ms", "gain"), cells, 2)
 
 
 def _model_row(row: Row) -> Iterable[str]:

@@ -28,9 +28,9 @@ _INTRO = """# Performance
 
 Made by `python -m benchmarks.performance` from the files under [benchmarks/results](../benchmarks/results), which
 hold more: 20% and 80% quantiles, one thread, versions and command of every row. Times are medians; what is compared
-took turns, in one process or, with llama.cpp, in processes of which one ran at a time. All on {device}, {threads}
-threads.
-"""
+took turns, in one process or, with llama.cpp, in processes of which one ran at a time. {threads} threads of an
+
+{devices}"""
 _OPS = """## Operations
 
 Inputs are copies that together fill no cache. A *stream read* reads the same copies from one end to the other with
@@ -66,12 +66,21 @@ _AGAIN = """## How to repeat it
 
 def render() -> str | None:
     """The page; None where nothing was measured."""
-    device = results_of.main_device()
-    if device is None:
+    if not results_of.devices(*results_of.FILES[:3]):
         return None
-    parts = [_INTRO.format(device=device, threads=results_of.THREADS), _promises()]
+    parts = [_INTRO.format(devices=_devices(), threads=results_of.THREADS), _promises()]
     parts += filter(None, (_operations(), _blocks(), _latency(), _short(), _serving(), _gpu(), _losses(), _origins()))
     return "\n".join(parts)
+
+
+def _devices() -> str:
+    """Processors, and the files whose rows are from them."""
+    found: dict[str, list[str]] = {}
+    for name in results_of.FILES:
+        for row in results_of.rows_of(name):
+            if name not in found.setdefault(row["device"], []):
+                found[row["device"]].append(name)
+    return "".join(f"- {device}: {', '.join(names)}\n" for device, names in found.items())
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], text_columns: int = 1) -> str:

@@ -87,7 +87,7 @@ def _latency() -> Figure:
     _axes(read, "seconds to the first token", "prompt, tokens")
     _axes(write, "milliseconds per token", "tokens before it")
     read.legend(frameon=False, fontsize=8)
-    figure.suptitle(_title("SmolLM2-135M, bf16"), fontsize=9)
+    figure.suptitle(_title("SmolLM2-135M, bf16", "latency"), fontsize=9)
     return figure
 
 
@@ -104,7 +104,7 @@ def _block_attention() -> Figure:
     axes.plot(*zip(*PAPER.items(), strict=True), ":", color=_GREY, marker="x", label="the paper, Qwen2-7B on an A100")
     _axes(axes, "times the speed of dense attention", "tokens before the block")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(_title("attention of 512 queries, k 2,048, selection included"), fontsize=9)
+    figure.suptitle(_title("attention of 512 queries, k 2,048, selection included", "block_attention"), fontsize=9)
     return figure
 
 
@@ -120,7 +120,7 @@ def _serving() -> Figure:
     _axes(read, "seconds to the first token", "prompt, tokens")
     _axes(write, "milliseconds per token", "tokens before it")
     read.legend(frameon=False, fontsize=8)
-    figure.suptitle(_title("vLLM, SmolLM2-135M, bf16"), fontsize=9)
+    figure.suptitle(_title("vLLM, SmolLM2-135M, bf16", "serving"), fontsize=9)
     return figure
 
 
@@ -162,8 +162,8 @@ def _tokens(number: int) -> str:
     return f"{number >> 10}K" if number >= 1 << 10 else str(number)
 
 
-def _title(what: str) -> str:
-    return f"{what}; {results_of.main_device()}, {results_of.THREADS} threads"
+def _title(what: str, name: str) -> str:
+    return f"{what}; {results_of.devices(name)}, {results_of.THREADS} threads"
 
 
 def _save(figure: Figure, name: str) -> None:

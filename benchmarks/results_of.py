@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from benchmarks.report import read_rows
@@ -10,21 +9,29 @@ from benchmarks.shapes import SHAPES
 
 FILES = ("ops", "block_attention", "latency", "within_budget", "serving")
 THREADS = 2
+# Columns that tell what is compared, and so comes from one processor; of the other files it is everything.
+_MEASURED_TOGETHER = {"serving": ("part", "length")}
 
 Row = dict[str, str]
 
 
-def main_device() -> str | None:
-    """The processor that most rows are from; None where there are none."""
-    devices = Counter(row["device"] for name in FILES[:3] for row in read_rows(name))
-    return devices.most_common(1)[0][0] if devices else None
-
-
 def rows_of(name: str, threads: int | None = THREADS) -> list[Row]:
-    """Rows of a file from the main device; `threads` None: with any number of them."""
-    device = main_device()
-    rows = [row for row in read_rows(name) if row["device"] == device]
+    """Rows of a file; where cases were measured again on another processor, those from the last one.
+
+    Args:
+        name: of the file.
+        threads: of the rows; None: any number of them.
+    """
+    alike = _MEASURED_TOGETHER.get(name, ())
+    rows = read_rows(name)
+    last = {tuple(row[column] for column in alike): row["device"] for row in rows}
+    rows = [row for row in rows if row["device"] == last[tuple(row[column] for column in alike)]]
     return [row for row in rows if threads is None or int(row["threads"]) == threads]
+
+
+def devices(*names: str) -> str:
+    """The processors that these files' rows are from."""
+    return ", ".join(dict.fromkeys(row["device"] for name in names for row in rows_of(name)))
 
 
 @dataclass(frozen=True, slots=True)

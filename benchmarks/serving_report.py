@@ -111,13 +111,14 @@ def section(table: Callable[..., str], number: Callable[[float], str]) -> str:
 
 def _comparison(table: Callable[..., str], number: Callable[[float], str]) -> str:
     stock, ours, known = times("stock"), times("tokenselect"), ratios()
+    devices = {(row["part"], int(row["length"])): row["device"] for row in _rows()}
     rows = []
     for part, what in TITLES:
         for kind in sorted(kind for kind in {**stock, **ours} if kind[:2] == (part, what)):
             cells = [_cell(engine.get(kind), number) for engine in (stock, ours)]
             gain = f"{known[kind]:.2f}x" if kind in known else ""
-            rows.append([TITLES[part, what], f"{kind[2]:,}", *cells, gain])
-    return table(("case", "tokens", *(f"{name}, ms" for name in ENGINES.values()), "gain"), rows)
+            rows.append([TITLES[part, what], f"{kind[2]:,}", *cells, gain, devices[part, kind[2]]])
+    return table(("case", "tokens", *(f"{name}, ms" for name in ENGINES.values()), "gain", "processor"), rows)
 
 
 def _questions(

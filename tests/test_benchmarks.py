@@ -227,7 +227,7 @@ def measured(results: Path) -> None:
         {"method": method, "phase": phase, "length": length, "p50_ms": ms, "engine": "e", **TIMES, **ORIGIN}
         for (method, phase, length), ms in cells.items()
     ]
-    write(results, "latency", [*rows, rows[0] | {"device": "another", "p50_ms": 7}])
+    write(results, "latency", [rows[0] | {"device": "the one before", "p50_ms": 7}, *rows])
 
 
 @pytest.mark.usefixtures("measured")
@@ -254,6 +254,8 @@ def test_the_page() -> None:
     assert "| Transformers dense |  | 0.900 |" in page
     assert "| decode, SmolLM2, 4,096 tokens | dense | 20.0 | 10.0 |" in page
     assert "## Operations" not in page
+    assert "- CPU: latency\n" in page
+    assert "the one before" not in page
 
 
 def test_no_page_without_numbers() -> None:

