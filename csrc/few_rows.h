@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kChunk = 128;   // keys whose logits exist at once
 constexpr int64_t kFewRows = 16;  // up to so many rows, packing the keys costs more than it saves
-constexpr int64_t kLeastSplit = 128;  // keys that a part has at least
+constexpr int64_t kMostSplits = 16;
 
 struct Running {
   float most, sum;
@@ -156,32 +156,29 @@ void merge_splits(const Head& h, int64_t splits, float* sums, const Running* sta
   }
 }
 
-// Parts that the keys of each head are cut into so that no thread waits long for another, and as few as that takes.
-int64_t best_splits(int64_t heads, int64_t length, int64_t threads) {
-  auto rounds = [&](int64_t splits) { return (heads * splits + threads - 1) / threads; };  // of all threads at once
-  int64_t best = 1;
-  for (int64_t splits = 2; splits * kLeastSplit <= length && heads * splits <= 4 * threads + heads; splits++)
-    if (rounds(splits) * best < rounds(best) * splits) best = splits;
-  return best;
+// Keys of one task: the same for any number of threads and in any batch, and so are their sums.
+int64_t split_size(int64_t length) {
+  const int64_t chunks = (length + kMostSplits * kChunk - 1) / (kMostSplits * kChunk);
+  return chunks > 1 ? chunks * kChunk : kChunk;
 }
 
 // Blocks first .. last - 1, each of at most kFewRows rows.
 void attend_small_blocks(const AttentionArgs& a, int64_t first, int64_t last) {
   const int64_t heads = (last - first) * a.num_kv_heads;
-  int64_t longest = 0;
+  int64_t splits = 1, rows = 1;
   for (int64_t b = first; b < last; b++) {
-    const int64_t length = a.slot_start_loc[b + 1] - a.slot_start_loc[b];
-    longest = length > longest ? length : longest;
+    const Head h(a, b, 0);
+    const int64_t own = (h.length + split_size(h.length) - 1) / split_size(h.length);
+    splits = own > splits ? own : splits, rows = h.rows() > rows ? h.rows() : rows;
   }
-  const int64_t splits = best_splits(heads, longest, num_threads());
-  const int64_t per_head = splits * kFewRows;
+  const int64_t per_head = splits * rows;
   float* sums = (float*)scratch(0, heads * per_head * a.head_dim * sizeof(float));
   Running* states = (Running*)scratch(1, heads * per_head * sizeof(Running));
   auto attend = [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
       const int64_t item = i / splits, split = i % splits;
       const Head h(a, first + item / a.num_kv_heads, item % a.num_kv_heads);
-      const int64_t size = (h.length + splits - 1) / splits, begin = split * size < h.length ? split * size : h.length;
+      const int64_t size = split_size(h.length), begin = split * size < h.length ? split * size : h.length;
       const int64_t end = begin + size < h.length ? begin + size : h.length;
       const int64_t place = item * per_head + split * h.rows();
       float* out = sums + place * a.head_dim;
