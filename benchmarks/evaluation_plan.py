@@ -67,6 +67,9 @@ _SLOW = ("infllm", "quest", "published", "self_extend")  # plain definitions tha
 _WORDINGS = ("fact_help", "fact_code", "rephrased_union")
 _COMPARED = ("fact_union", "fact_bible", "rephrased_union", "passkey")
 _NEARER = ("num_selected_tokens=256", "num_local_tokens=768")
+_FEW_WORDS = ("number_string", "niah_single_1", "niah_single_2", "niah_multikey_1", "infinite_passkey")  # of ANSWERED
+_MORE_WORDS = ("niah_single_3", "niah_multivalue", "niah_multiquery")  # three times as long to answer
+_OTHER_TEXTS = ("fact_help", "fact_code")
 
 PLAN = (
     Part(NEEDLES, WITHIN, ("dense", *OURS), 20),
@@ -81,10 +84,22 @@ PLAN = (
     Part(_COMPARED, BEYOND[:2], ("tokenselect",), 100),
     Part(_COMPARED, BEYOND[:2], ("tokenselect",), 100, settings=_NEARER),
     Part(ANSWERED, BEYOND[:1], ("tokenselect", *_QUICK), 20),
-    Part(ANSWERED, BEYOND[1:2], ("tokenselect", *_QUICK), 20),
+    Part(ANSWERED, BEYOND[1:2], ("tokenselect",), 20),
     Part(_COMPARED, BEYOND[2:], ("tokenselect",), 20, settings=_NEARER),
     Part(_COMPARED, BEYOND[2:], ("tokenselect",), 20),
     Part(ANSWERED, BEYOND[:2], ("tokenselect",), 20, settings=_NEARER),
+    Part(_FEW_WORDS, BEYOND[:1], ("tokenselect",), 100),
+    Part(_FEW_WORDS, BEYOND[:1], ("tokenselect",), 100, settings=_NEARER),
+    Part(_FEW_WORDS, BEYOND[1:2], ("tokenselect",), 100),
+    Part(_FEW_WORDS, BEYOND[1:2], ("tokenselect",), 100, settings=_NEARER),
+    Part(_MORE_WORDS, BEYOND[:1], ("tokenselect",), 100),
+    Part(_MORE_WORDS, BEYOND[:1], ("tokenselect",), 100, settings=_NEARER),
+    Part(_MORE_WORDS, BEYOND[1:2], ("tokenselect",), 100),
+    Part(_MORE_WORDS, BEYOND[1:2], ("tokenselect",), 100, settings=_NEARER),
+    Part(ANSWERED, BEYOND[1:2], _QUICK, 20),
+    Part(_OTHER_TEXTS, (8000,), BOTH, 20),
+    Part(_OTHER_TEXTS, BEYOND[:2], ("tokenselect",), 100),
+    Part(_OTHER_TEXTS, BEYOND[:2], ("tokenselect",), 100, settings=_NEARER),
     Part((*RULER, *INFINITE), WITHIN[1:], BOTH, 100, 20),
     Part(NEEDLES, BEYOND[:1], _SLOW, 20),
     Part(_WORDINGS, (8000,), ("dense", *OURS), 20),
