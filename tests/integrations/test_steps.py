@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 from small import NARROW, SIZES, build
 from test_generate import CONFIGS, LOGITS, generate, prompt
-from transformers import DynamicCache, LlamaConfig, MixtralConfig, PreTrainedModel, Qwen3Config
+from transformers import DynamicCache, GemmaConfig, LlamaConfig, MixtralConfig, PreTrainedModel, Qwen3Config
 
 from tokenselect.config import TokenSelectConfig
-from tokenselect.integrations.steps import Steps
+from tokenselect.integrations.steps import Steps, quicken_norms
 from tokenselect.integrations.transformers import TokenSelect
 from tokenselect.ops import cpu
 
@@ -95,6 +96,42 @@ def test_norms_of_queries_and_keys_too() -> None:
     (program,) = steps_of(build(Qwen3Config(**WIDE_ROWS)), NARROW)[1]._traced.values()
     if cpu.why_missing() is None:
         assert program.run.__self__.code.count("rms_norm.default(") == 4
+
+
+class OneLaunch:
+    """A backend whose norm is one launch."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def takes_norm(self, weight: Tensor) -> bool:
+        return True
+
+    def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        self.launches += 1
+        return torch.nn.functional.rms_norm(rows, weight.shape, weight, epsilon)
+
+
+@pytest.mark.parametrize(("kind", "launches"), [(LlamaConfig, 5), (GemmaConfig, 0)], ids=["llama", "gemma"])
+def test_norms_that_do_what_llamas_do_are_one_launch(kind: Any, launches: int) -> None:
+    model, ops, ids = build(kind(**WIDE_ROWS)), OneLaunch(), prompt(9)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with ExitStack() as stack:
+            quicken_norms(stack, model, ops)
+            torch.testing.assert_close(model(ids).logits, expected, atol=LOGITS, rtol=0)
+        assert ops.launches == launches
+        assert torch.equal(model(ids).logits, expected)  # and it is undone
+    assert ops.launches == launches
+
+
+def test_norms_that_must_be_differentiated_are_left_alone(llama: PreTrainedModel) -> None:
+    ops = OneLaunch()
+    with ExitStack() as stack:
+        quicken_norms(stack, llama, ops)
+        llama(prompt(9)).logits.sum().backward()
+    assert ops.launches == 0
+    llama.zero_grad()
 
 
 def test_the_plain_definition_traces_too(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

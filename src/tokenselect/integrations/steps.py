@@ -306,3 +306,38 @@ def _linear(linear: Callable[..., Tensor], module: nn.Linear, original: Callable
     if few and not wants_gradient and not torch.is_autocast_enabled(x.device.type):
         return linear(x, module.weight, module.bias)
     return original(x)
+
+
+def quicken_norms(stack: ExitStack, model: nn.Module, ops: Any) -> None:
+    """Let root mean square norms be one launch where the backend has it, also in layers that run their own Python."""
+    takes: Callable[[Tensor], bool] = getattr(ops, "takes_norm", lambda weight: False)
+    is_known: dict[type, bool] = {}
+    for module in model.modules():
+        weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+        if not (isinstance(weight, Tensor) and isinstance(epsilon, float) and takes(weight)):
+            continue
+        if own_of(module, "forward") is not None:
+            continue
+        kind = type(module)
+        if kind not in is_known:
+            is_known[kind] = _is_plain_norm(module, weight, epsilon)
+        if is_known[kind]:
+            override(stack, module, "forward", functools.partial(_norm, ops.rms_norm, module))
+
+
+@torch.no_grad()
+def _is_plain_norm(module: nn.Module, weight: Tensor, epsilon: float) -> bool:
+    """Whether a norm does what Llama's does, to the last bit, found out by what it does to random input."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, weight.shape[0], generator=generator).to(weight.device, weight.dtype)
+    wide = x.float()
+    unit = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return torch.equal(module(x), weight * (wide * unit).to(x.dtype))
+
+
+def _norm(norm: Callable[..., Tensor], module: nn.Module, original: Callable[..., Tensor], x: Tensor) -> Tensor:
+    weight: Any = module.weight
+    is_plain = type(x) is Tensor and x.dtype == weight.dtype and x.device == weight.device  # while traced it is not
+    if is_plain and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        return norm(x, weight, module.variance_epsilon)
+    return original(x)
