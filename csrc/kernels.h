@@ -40,12 +40,6 @@ static inline void rows_of(const Pages& p, int64_t sequence, int64_t from, int64
   }
 }
 
-// Whether the rows of the positions from .. to - 1 follow each other because they lie in one page.
-static inline bool in_one_page(const Pages& p, int64_t sequence, int64_t from, int64_t to) {
-  const int64_t shift = p.padding[sequence];
-  return p.max_pages == 1 || (from + shift) / p.page_size == (to - 1 + shift) / p.page_size;
-}
-
 // Rotations that stand for distances: run r of block b is row run_start_loc[b] + r.
 struct View {
   const float* cos;  // [runs, half]

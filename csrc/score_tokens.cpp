@@ -4,35 +4,17 @@
 // that share its context. Each chunk of keys leaves exponentials behind, in units of a power of two of its own, and their
 // sum, so the second pass reads those, not the keys, and is one multiplication per row and token. Powers of two round
 // nothing: equal keys have equal votes, wherever they are.
-#include "tile.h"
+#include "turned_queries.h"
 
 namespace tokenselect::TS_ISA {
 namespace {
 
-constexpr int64_t kChunk = 512;                   // keys whose logits are made at once
+constexpr int64_t kChunk = 1024;                  // keys whose logits are made at once
+constexpr int64_t kStride = kChunk + W;           // from a row's logits to the next: not a power of two, which caches place badly
 constexpr int64_t kBlocksAtOnce = 16;             // blocks that share a read of the keys
 constexpr int64_t kMostWeights = int64_t(32) << 20;  // bytes of exponentials kept between the passes
 constexpr int64_t kEndless = int64_t(1) << 60;
 constexpr float kNone = -3.4e38f;
-
-struct Stats {
-  float power;   // of two, in units of which the chunk's exponentials are kept; even
-  float sum;     // of them over the context
-  float chosen;  // the same over the candidates
-};
-
-// Blocks `first_block ..` that share sequence and start of the context: one read of the keys serves them all.
-struct Group {
-  const ScoreArgs& a;
-  int64_t first_block, num_blocks;
-  int64_t begin, end;        // positions of the longest context
-  int64_t rows, head_rows;   // rows in all; rows per KV head: [block][head of the group][view]
-  int64_t chunks, length;    // chunks of keys; positions, padded to whole vectors
-  Stats* stats;              // [rows, chunks]
-  int64_t run_size[kMaxViews];  // keys that share a rotation: all of them where a view has one run
-  float amplitude[kMaxViews];   // of the rotations
-  void* weights;             // [rows, length] exponentials: half precision, or float for float keys
-};
 
 template <class Key>
 void store_weight(void* weights, int64_t i, vf v) {
@@ -46,106 +28,19 @@ TS_INLINE vf load_weight(const void* weights, int64_t i) {
   else return load_half((const uint16_t*)weights + i);
 }
 
-TS_INLINE float dot(const float* x, const float* y, int64_t dim) {
-  vf sum{};
-  for (int64_t d = 0; d < dim; d += W) sum += load<vf>(x + d) * load<vf>(y + d);
-  return sum_of(sum);
-}
-
-// Square of the longest of `n` pairs (x[i], y[i]).
-float longest_square(const float* x, const float* y, int64_t n) {
-  vf most{};
-  int64_t i = 0;
-  for (; i + W <= n; i += W) most = vmax(most, load<vf>(x + i) * load<vf>(x + i) + load<vf>(y + i) * load<vf>(y + i));
-  float largest = max_of(most);
-  for (; i < n; i++) largest = x[i] * x[i] + y[i] * y[i] > largest ? x[i] * x[i] + y[i] * y[i] : largest;
-  return largest;
-}
-
-// Length of the longest pair that a rotation turns, or of what it leaves.
-float longest_pair(const float* x, int64_t dim, int64_t half, bool interleaved) {
-  float most = interleaved ? 0 : longest_square(x, x + half, half);
-  auto see = [&](float square) { most = square > most ? square : most; };
-  for (int64_t i = 0; interleaved && i < half; i++) see(x[2 * i] * x[2 * i] + x[2 * i + 1] * x[2 * i + 1]);
-  for (int64_t i = 2 * half; i < dim; i++) see(x[i] * x[i]);
-  return __builtin_sqrtf(most);
-}
-
-// Most that any of the view's rotations makes of the length of a pair; at least 1, for what is not rotated.
-float amplitude_of(const ScoreArgs& a, const View& view, int64_t first_run, int64_t last_run) {
-  const int64_t from = first_run * a.half, n = (last_run - first_run) * a.half;
-  const float most = longest_square(view.cos + from, view.sin + from, n);
-  return most > 1 ? __builtin_sqrtf(most) : 1;
-}
-
-// The queries that score one chunk of one KV head's keys.
-template <class Key>
-struct Queries {
-  const Group& g;
-  int64_t kv_head, heads, dim, bytes;
-  const float* center;
-  float* scaled;  // [rows, dim], in units of which a packed one holds any rotation
-  float* turned;  // [dim]
-  float *units, *shifts;  // [rows]
-  char* packed;           // [rows]
-
-  Queries(const Group& group, int64_t head) : g(group), kv_head(head) {
-    const ScoreArgs& a = g.a;
-    heads = a.num_q_heads / a.num_kv_heads, dim = a.head_dim, bytes = Key::query_bytes(dim);
-    center = a.key_center ? a.key_center + (a.sequences[g.first_block] * a.num_kv_heads + kv_head) * dim : nullptr;
-    scaled = (float*)scratch(2, ((g.head_rows + 1) * dim + 2 * g.head_rows) * sizeof(float));
-    turned = scaled + g.head_rows * dim, units = turned + dim, shifts = units + g.head_rows;
-    packed = (char*)scratch(5, g.head_rows * bytes);
-    for (int64_t row = 0; row < g.head_rows; row++) scale(row);
-  }
-
-  void scale(int64_t row) {
-    const ScoreArgs& a = g.a;
-    const int64_t head = row / a.num_views, block = g.first_block + head / heads;
-    const float* query = a.queries + (block * a.num_q_heads + kv_head * heads + head % heads) * dim;
-    float unit = 1;
-    if constexpr (Key::kLargest > 0)
-      unit = longest_pair(query, dim, a.half, a.interleaved) * g.amplitude[row % a.num_views] * (1 / Key::kLargest);
-    if (!(unit > 0)) unit = 1;
-    for (int64_t d = 0; d < dim; d += W) store(scaled + row * dim + d, load<vf>(query + d) * (1 / unit));
-    units[row] = unit * a.scale;
-  }
-
-  // Rotates the queries for the runs that position `at` lies in; only for the views that changed there.
-  void turn(int64_t at, uint32_t changed) {
-    const ScoreArgs& a = g.a;
-    for (int64_t v = 0; v < a.num_views; v++) {
-      if (!(changed >> v & 1)) continue;
-      const View& view = a.views[v];
-      const int64_t mine = (at - g.begin) / g.run_size[v];
-      for (int64_t n = 0; n < g.num_blocks; n++) {
-        const int64_t first = view.run_start_loc[g.first_block + n];
-        const int64_t last = view.run_start_loc[g.first_block + n + 1] - first - 1;
-        const int64_t pair = (first + (mine < last ? mine : last)) * a.half;
-        for (int64_t h = 0; h < heads; h++) turn((n * heads + h) * a.num_views + v, view.cos + pair, view.sin + pair);
-      }
-    }
-  }
-
-  void turn(int64_t row, const float* cos, const float* sin) {
-    const float* query = scaled + row * dim;
-    rotate_row(query, turned, cos, sin, g.a.half, g.a.interleaved);
-    for (int64_t d = 2 * g.a.half; d < dim; d++) turned[d] = query[d];
-    Key::pack(turned, dim, packed + row * bytes);
-    shifts[row] = center ? dot(turned, center, dim) * units[row] : 0;
-  }
-};
-
 // exp(logit) / 2^power; less exact, where a weight in half precision is all that is kept.
 template <class Key>
 TS_INLINE vf exp_of(vf logits, float power) {
   if constexpr (Key::size == 4) return vexp(logits, power);
-  else return vexp2(logits * 1.44269504f, power);
+  else return vexp2(logits, power);
 }
 
 // An even power of two, in units of which exp(logit) is at most 2^14: so half precision holds the largest exponential of
 // a chunk, and what is 2^28 times smaller with all its digits.
-TS_INLINE float power_below(float logit) { return 2 * __builtin_ceilf(logit * (1.44269504f / 2)) - 14; }
+template <class Key>
+TS_INLINE float power_below(float logit) {
+  return 2 * __builtin_ceilf(logit * (kLog2E / kUnitsOfLogit<Key> / 2)) - 14;
+}
 
 // Exponentials of a whole chunk, all of them candidates: nothing is masked, and sums do not wait for each other.
 template <class Key>
@@ -155,7 +50,7 @@ TS_INLINE Stats weigh_all(const float* logits, void* weights, int64_t place) {
   for (int j = 0; j < kSums; j++) most[j] = load<vf>(logits + j * W);
   for (int64_t i = kSums * W; i < kChunk; i += kSums * W)
     for (int j = 0; j < kSums; j++) most[j] = vmax(most[j], load<vf>(logits + i + j * W));
-  const float power = power_below(max_of(vmax(vmax(most[0], most[1]), vmax(most[2], most[3]))));
+  const float power = power_below<Key>(max_of(vmax(vmax(most[0], most[1]), vmax(most[2], most[3]))));
   for (int64_t i = 0; i < kChunk; i += kSums * W)
     for (int j = 0; j < kSums; j++) {
       const vf e = exp_of<Key>(load<vf>(logits + i + j * W), power);
@@ -175,7 +70,7 @@ Stats weigh_some(const float* logits, int64_t stop, int64_t low, int64_t high, v
   vf most = set1(kNone), sum{}, chosen{};
   for (int64_t i = 0; i < stop; i += W)
     most = vmax(most, i + W <= stop ? load<vf>(logits + i) : lane < (int32_t)(stop - i) ? load<vf>(logits + i) : most);
-  const float power = power_below(max_of(most));
+  const float power = power_below<Key>(max_of(most));
   for (int64_t i = 0; i < stop; i += W) {
     vf e = exp_of<Key>(load<vf>(logits + i), power);
     if (i + W > stop) e = lane < (int32_t)(stop - i) ? e : vf{};
@@ -198,7 +93,7 @@ void weigh(const Group& g, int64_t kv_head, int64_t chunk, const float* logits) 
     const int64_t block = g.first_block + r / per_block, row = kv_head * g.head_rows + r;
     const int64_t stop = inside(a.context[2 * block + 1]);
     const int64_t low = inside(a.candidates[2 * block]), high = inside(a.candidates[2 * block + 1]);
-    const float* own = logits + r * kChunk;
+    const float* own = logits + r * kStride;
     const int64_t place = row * g.length + chunk * kChunk;
     g.stats[row * g.chunks + chunk] = low == 0 && high == kChunk
                                           ? weigh_all<Key>(own, g.weights, place)
@@ -206,51 +101,42 @@ void weigh(const Group& g, int64_t kv_head, int64_t chunk, const float* logits) 
   }
 }
 
-// Scales of the keys at from .. to - 1.
-void load_scales(const ScoreArgs& a, int64_t sequence, int64_t kv_head, int64_t from, int64_t to, float* out) {
+// Scales of the keys in `n` rows.
+void load_scales(const ScoreArgs& a, int64_t kv_head, const int64_t* rows, int64_t n, float* out) {
   const float* scales = (const float*)a.key_scales.data + kv_head * a.key_scales.head_stride;
-  int64_t rows[kChunk];
-  rows_of(a.pages, sequence, from, to, rows);
-  if (a.key_scales.row_stride == 1 && in_one_page(a.pages, sequence, from, to))
-    __builtin_memcpy(out, scales + rows[0], (to - from) * sizeof(float));
+  if (a.key_scales.row_stride == 1 && a.pages.max_pages == 1) __builtin_memcpy(out, scales + rows[0], n * sizeof(float));
   else
-    for (int64_t i = 0; i < to - from; i++) out[i] = scales[rows[i] * a.key_scales.row_stride];
+    for (int64_t i = 0; i < n; i++) out[i] = scales[rows[i] * a.key_scales.row_stride];
 }
 
 template <class Key>
 void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
   const ScoreArgs& a = g.a;
   const int64_t from = g.begin + chunk * kChunk, to = from + kChunk < g.end ? from + kChunk : g.end;
-  const int64_t sequence = a.sequences[g.first_block];
-  const KeyRows keys{a.pages, sequence, (const char*)a.keys.data + kv_head * a.keys.head_stride * Key::size,
-                     a.keys.row_stride * Key::size};
+  int64_t rows[kChunk + kTilesAhead * W];
+  const int64_t known = g.end - from < kChunk + kTilesAhead * W ? g.end - from : kChunk + kTilesAhead * W;
+  rows_of(a.pages, a.sequences[g.first_block], from, from + known, rows);
+  const KeyRows keys{(const char*)a.keys.data + kv_head * a.keys.head_stride * Key::size, a.keys.row_stride * Key::size,
+                     rows, a.pages.max_pages == 1 || a.pages.page_size >= W};
   float key_scales[kChunk + W];
-  if (Key::size == 1) load_scales(a, sequence, kv_head, from, to, key_scales);
+  if (Key::size == 1) load_scales(a, kv_head, rows, to - from, key_scales);
   Queries<Key> queries(g, kv_head);
-  vu* columns = (vu*)scratch(6, num_columns<Key>(a.head_dim) * sizeof(vu));
-  float* logits = (float*)scratch(3, g.head_rows * kChunk * sizeof(float));
-  uint32_t changed = ~0u;
-  for (int64_t at = from; at < to;) {
-    queries.turn(at, changed);
-    int64_t next = to;
-    changed = 0;
+  vu* columns = (vu*)scratch(6, queries.blocks * W * sizeof(vu));
+  float* logits = (float*)scratch(3, g.head_rows * kStride * sizeof(float));
+  queries.turn(queries.sets[0], from);
+  for (int64_t at = from, next, i = 0; at < to; at = next, i++) {
+    next = to;
     for (int64_t v = 0; v < a.num_views; v++) {
-      const int64_t size = g.run_size[v], border = g.begin + ((at - g.begin) / size + 1) * size;
-      if (border < next) next = border, changed = 0;
-      if (border == next) changed |= 1u << v;
+      const int64_t border = at + g.run_size[v] - (at - g.begin) % g.run_size[v];
+      next = border < next ? border : next;
     }
-    // Vectors may reach past the run's end, but never past the chunk's: what follows overwrites that.
-    const int64_t n = next - at, place = at - from;
-    const bool spare = (place + n + W - 1) / W * W > kChunk || place % W;
-    float* out = spare ? (float*)scratch(4, g.head_rows * (kChunk + W) * sizeof(float)) : logits + place;
-    const int64_t ld = spare ? kChunk + W : kChunk;
+    const Turned& set = queries.sets[i % 2];
+    if (next < to) queries.turn(queries.sets[(i + 1) % 2], next);
+    // Vectors may reach past the run's end: what follows overwrites that.
+    const int64_t place = at - from;
     const float* scales = Key::size == 1 ? key_scales + place : nullptr;
-    dot_tiles<Key>(keys, at, n, g.end, g.head_rows, a.head_dim, columns,
-                   {queries.packed, queries.units, queries.shifts, scales, out, ld});
-    if (spare)
-      for (int64_t r = 0; r < g.head_rows; r++)
-        __builtin_memcpy(logits + r * kChunk + place, out + r * ld, n * sizeof(float));
-    at = next;
+    dot_tiles<Key>(keys, place, next - at, known, g.head_rows, a.head_dim, columns,
+                   {set.packed, set.offsets, queries.units, set.shifts, scales, logits + place, kStride});
   }
   weigh<Key>(g, kv_head, chunk, logits);
 }
@@ -294,17 +180,20 @@ void sum_votes(const Group& g, const float* factors, int64_t block, int64_t chun
   const int64_t from = g.begin + chunk * kChunk, first = a.candidates[2 * block], last = a.candidates[2 * block + 1];
   const int64_t low = first > from ? first - from : 0, high = last - from < kChunk ? last - from : kChunk;
   if (low >= high) return;
-  const int64_t per_block = g.head_rows / g.num_blocks;
-  float total[kChunk];
-  __builtin_memset(total, 0, sizeof total);
-  const int64_t begin = low / W * W;
-  for (int64_t kv = 0; kv < a.num_kv_heads; kv++)
-    for (int64_t r = 0; r < per_block; r++) {
-      const int64_t row = kv * g.head_rows + (block - g.first_block) * per_block + r;
-      const float factor = factors[row * g.chunks + chunk];
-      for (int64_t i = begin; i < high; i += W)
-        store(total + i, load<vf>(total + i) + load_weight<Key>(g.weights, row * g.length + chunk * kChunk + i) * factor);
+  const int64_t per_block = g.head_rows / g.num_blocks, place = chunk * kChunk;
+  constexpr int kSums = 4;  // vectors that do not wait for each other
+  alignas(64) float total[kChunk];
+  for (int64_t i = low / (kSums * W) * kSums * W; i < high; i += kSums * W) {
+    vf sums[kSums] = {};
+    for (int64_t kv = 0; kv < a.num_kv_heads; kv++) {
+      const int64_t first_row = kv * g.head_rows + (block - g.first_block) * per_block;
+      for (int64_t row = first_row; row < first_row + per_block; row++) {
+        const float factor = factors[row * g.chunks + chunk];
+        for (int j = 0; j < kSums; j++) sums[j] += load_weight<Key>(g.weights, row * g.length + place + i + j * W) * factor;
+      }
     }
+    for (int j = 0; j < kSums; j++) store(total + i + j * W, sums[j]);
+  }
   float* votes = a.votes + a.start_loc[block] + from - first;
   __builtin_memcpy(votes + low, total + low, (high - low) * sizeof(float));
 }
@@ -348,7 +237,7 @@ void score_tokens(const ScoreArgs& a) {
     }
     const int64_t head_rows = n * a.num_q_heads / a.num_kv_heads * a.num_views;
     const int64_t chunks = (end - begin + kChunk - 1) / kChunk;
-    Group g{a, first, n, begin, end, head_rows * a.num_kv_heads, head_rows, chunks, chunks * kChunk};
+    Group g{a, first, n, begin, end, head_rows * a.num_kv_heads, head_rows, chunks, chunks * kChunk + 2 * W};
     for (int64_t v = 0; v < a.num_views; v++) {
       const int64_t* runs = a.views[v].run_start_loc + first;
       g.run_size[v] = runs[n] - runs[0] == n ? kEndless : a.views[v].run_size;

@@ -101,19 +101,27 @@ TS_INLINE vf vexp(vf x, float power = 0) {
   return (vf)(((vu)p + bits) & (vu)alive);
 }
 
-// 2^x / 2^power, `power` as above, from 2^-126, which smaller ones count as, to 2^127. Relative error about 7e-6, below
+// 2^x / 2^power, `power` as above, up to 2^127; what is below 2^-126 may count as that. Relative error about 7e-6, below
 // half precision's.
 TS_INLINE vf vexp2(vf x, float power) {
+#if defined(__AVX512F__)
+  const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
   x = vmax(x, set1(power - 126.0f));
   const float whole = 12582912.0f - power;  // 1.5 * 2^23: rounds to an integer in the low bits
-  const vf n = x + whole;
-  const vf r = x - (n - whole);
+  const vf bits = x + whole, n = bits - whole;
+#endif
+  const vf r = x - n;
   vf p = set1(9.6708764e-3f);
   p = p * r + 5.5901898e-2f;
   p = p * r + 2.4022107e-1f;
   p = p * r + 6.9312934e-1f;
   p = p * r + 1.0f;
-  return (vf)((vu)p + ((vu)n << 23));  // unsigned: lanes past a row's end hold anything, and their sums may wrap
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)(n - power));
+#else
+  return (vf)((vu)p + ((vu)bits << 23));  // unsigned: lanes past a row's end hold anything, and their sums may wrap
+#endif
 }
 
 TS_INLINE float bf16_to_float(uint16_t x) {

@@ -1,0 +1,199 @@
+// The queries of one chunk of keys: turned by the distance that the keys of a run count as having, and packed.
+#pragma once
+
+#include "tile.h"
+
+namespace tokenselect::TS_ISA {
+namespace {
+
+constexpr float kLog2E = 1.44269504088896341f;
+// Logits are exponents of this base: of 2, where a weight in half precision is all that is kept of them.
+template <class Key>
+constexpr float kUnitsOfLogit = Key::size == 4 ? 1 : kLog2E;
+
+struct Stats {
+  float power;   // of two, in units of which the chunk's exponentials are kept; even
+  float sum;     // of them over the context
+  float chosen;  // the same over the candidates
+};
+
+// Blocks `first_block ..` that share sequence and start of the context: one read of the keys serves them all.
+struct Group {
+  const ScoreArgs& a;
+  int64_t first_block, num_blocks;
+  int64_t begin, end;        // positions of the longest context
+  int64_t rows, head_rows;   // rows in all; rows per KV head: [block][head of the group][view]
+  int64_t chunks, length;    // chunks of keys; weights from a row to the next, not a power of two
+  Stats* stats;              // [rows, chunks]
+  int64_t run_size[kMaxViews];  // keys that share a rotation: all of them where a view has one run
+  float amplitude[kMaxViews];   // of the rotations
+  void* weights;             // [rows, length] exponentials: half precision, or float for float keys
+};
+
+// Square of the longest of `n` pairs (x[i], y[i]).
+float longest_square(const float* x, const float* y, int64_t n) {
+  vf most{};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) most = vmax(most, load<vf>(x + i) * load<vf>(x + i) + load<vf>(y + i) * load<vf>(y + i));
+  float largest = max_of(most);
+  for (; i < n; i++) largest = x[i] * x[i] + y[i] * y[i] > largest ? x[i] * x[i] + y[i] * y[i] : largest;
+  return largest;
+}
+
+// Length of the longest pair that a rotation turns, or of what it leaves.
+float longest_pair(const float* x, int64_t dim, int64_t half, bool interleaved) {
+  float most = interleaved ? 0 : longest_square(x, x + half, half);
+  auto see = [&](float square) { most = square > most ? square : most; };
+  for (int64_t i = 0; interleaved && i < half; i++) see(x[2 * i] * x[2 * i] + x[2 * i + 1] * x[2 * i + 1]);
+  for (int64_t i = 2 * half; i < dim; i++) see(x[i] * x[i]);
+  return __builtin_sqrtf(most);
+}
+
+// Most that any of the view's rotations makes of the length of a pair; at least 1, for what is not rotated.
+float amplitude_of(const ScoreArgs& a, const View& view, int64_t first_run, int64_t last_run) {
+  const int64_t from = first_run * a.half, n = (last_run - first_run) * a.half;
+  const float most = longest_square(view.cos + from, view.sin + from, n);
+  return most > 1 ? __builtin_sqrtf(most) : 1;
+}
+
+// Queries as they score one run of keys.
+struct Turned {
+  char* packed;      // see `Logits`
+  int32_t* offsets;  // [rows]
+  float* shifts;     // [rows]
+  int64_t run[kMaxViews] = {-1, -1};  // of each view that they were turned for
+};
+
+// The queries of one KV head, in two sets: the next run's are made before the last run's are done with, so that nothing
+// waits for what was stored just now.
+template <class Key>
+struct Queries {
+  struct Place {  // in bytes of a packed set
+    int64_t first;   // of the row in its first block
+    int64_t stride;  // from there to its next
+  };
+
+  const Group& g;
+  int64_t kv_head, heads, dim, blocks, width;  // heads of the group; dimensions, and those that fill whole blocks
+  const float* center;  // of int8 keys
+  float* scaled;  // [rows, width], in units of which a packed one holds any rotation; zero from `dim` on
+  float* turned;  // [width], zero from `dim` on
+  float* units;   // [rows]
+  Place* places;  // [rows]
+  Turned sets[2];
+
+  Queries(const Group& group, int64_t head) : g(group), kv_head(head) {
+    const ScoreArgs& a = g.a;
+    const int64_t rows = g.head_rows;
+    heads = a.num_q_heads / a.num_kv_heads, dim = a.head_dim, blocks = blocks_of<Key>(dim), width = blocks * Key::kLoaded;
+    scaled = (float*)scratch(2, ((rows + 2) * width + 5 * rows) * sizeof(float));
+    turned = scaled + rows * width, units = turned + width;
+    float* none = units + rows;
+    float* free = none + width;
+    for (int64_t d = 0; d < width; d++) none[d] = 0, turned[d] = 0;
+    center = a.key_center ? a.key_center + (a.sequences[g.first_block] * a.num_kv_heads + kv_head) * dim : none;
+    const int64_t bytes = rows * blocks * kQueryBytes<Key>;
+    char* packed = (char*)scratch(5, 2 * bytes + rows * sizeof(Place));
+    for (Turned& set : sets) {
+      set.packed = packed, set.shifts = free, set.offsets = (int32_t*)(free + rows);
+      for (int64_t row = 0; row < rows; row++) set.shifts[row] = 0, set.offsets[row] = 0;
+      packed += bytes, free += 2 * rows;
+    }
+    places = (Place*)packed;
+    const Parts parts(rows);
+    for (int64_t p = 0; p < parts.count; p++)
+      for (int64_t row = parts.begin(p); row < parts.begin(p + 1); row++) {
+        const int64_t place = parts.begin(p) * blocks + row - parts.begin(p);
+        places[row] = {place * kQueryBytes<Key>, parts.size(p) * kQueryBytes<Key>};
+        scale(row);
+      }
+  }
+
+  void scale(int64_t row) {
+    const ScoreArgs& a = g.a;
+    const int64_t head = row / a.num_views, block = g.first_block + head / heads;
+    const float* query = a.queries + (block * a.num_q_heads + kv_head * heads + head % heads) * dim;
+    float unit = 1;
+    if constexpr (Key::kLargest > 0)
+      unit = longest_pair(query, dim, a.half, a.interleaved) * g.amplitude[row % a.num_views] * (1 / Key::kLargest);
+    if (!(unit > 0)) unit = 1;
+    for (int64_t d = 0; d < width; d += W)
+      store(scaled + row * width + d, d < dim ? load<vf>(query + d) * (1 / unit) : vf{});
+    units[row] = unit * a.scale * kUnitsOfLogit<Key>;
+  }
+
+  // Rotates the queries of a set for the runs that position `at` lies in, unless they are already.
+  void turn(Turned& set, int64_t at) {
+    const ScoreArgs& a = g.a;
+    for (int64_t v = 0; v < a.num_views; v++) {
+      const View& view = a.views[v];
+      const int64_t mine = (at - g.begin) / g.run_size[v];
+      if (set.run[v] == mine) continue;
+      set.run[v] = mine;
+      for (int64_t n = 0; n < g.num_blocks; n++) {
+        const int64_t first = view.run_start_loc[g.first_block + n];
+        const int64_t last = view.run_start_loc[g.first_block + n + 1] - first - 1;
+        const int64_t pair = (first + (mine < last ? mine : last)) * a.half;
+        turn(set, n * heads * a.num_views + v, view.cos + pair, view.sin + pair);
+      }
+    }
+  }
+
+  // One view of a block's heads; their rows lie `num_views` apart.
+  void turn(Turned& set, int64_t first, const float* cos, const float* sin) {
+    const bool usual = !g.a.interleaved && 2 * g.a.half == dim && g.a.half % W == 0;
+    switch (usual ? g.a.half / W : 0) {
+      case 2: return turn_heads<2>(set, first, cos, sin);
+      case 4: return turn_heads<4>(set, first, cos, sin);
+      default: return turn_heads<0>(set, first, cos, sin);
+    }
+  }
+
+  template <int N>
+  void turn_heads(Turned& set, int64_t first, const float* cos, const float* sin) {
+    const int64_t step = g.a.num_views, end = first + heads * step;
+    for (int64_t row = first; row < end; row += step) {
+      const Place place = places[row];
+      char* out = set.packed + place.first;
+      vf along;
+      if constexpr (N > 0) along = rotate<N>(scaled + row * width, cos, sin, center, out, place.stride);
+      else along = rotate_any(scaled + row * width, cos, sin, out, place.stride);
+      if constexpr (Key::size > 1) continue;
+      set.shifts[row] = sum_of(along) * units[row];
+      set.offsets[row] = Key::offset_of(out, blocks, place.stride);
+    }
+  }
+
+  // The usual layout, 2 N vectors of which the second half belongs to the first: nothing is stored but what is packed.
+  // Returns parts of the product with the center.
+  template <int N>
+  TS_INLINE vf rotate(const float* query, const float* cos, const float* sin, const float* center, char* out,
+                      int64_t stride) {
+    constexpr int kVectors = Key::kLoaded / W, kBlocks = (2 * N + kVectors - 1) / kVectors;
+    vf turned[kBlocks * kVectors] = {}, along{};
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) {
+      const vf x = load<vf>(query + i * W), y = load<vf>(query + (N + i) * W);
+      const vf c = load<vf>(cos + i * W), s = load<vf>(sin + i * W);
+      turned[i] = x * c - y * s, turned[N + i] = y * c + x * s;
+      if (Key::size == 1) along += turned[i] * load<vf>(center + i * W) + turned[N + i] * load<vf>(center + (N + i) * W);
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < kBlocks; b++) Key::pack(turned + b * kVectors, out + b * stride);
+    return along;
+  }
+
+  // Any other layout: interleaved pairs, a part of the dimensions, other sizes.
+  __attribute__((noinline)) vf rotate_any(const float* query, const float* cos, const float* sin, char* out,
+                                          int64_t stride) {
+    rotate_row(query, turned, cos, sin, g.a.half, g.a.interleaved);
+    for (int64_t d = 2 * g.a.half; d < dim; d++) turned[d] = query[d];
+    for (int64_t b = 0; b < blocks; b++) Key::pack((const vf*)(turned + b * Key::kLoaded), out + b * stride);
+    vf along{};
+    for (int64_t d = 0; Key::size == 1 && d < dim; d += W) along += load<vf>(turned + d) * load<vf>(center + d);
+    return along;
+  }
+};
+
+}  // namespace
+}  // namespace tokenselect::TS_ISA
