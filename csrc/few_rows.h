@@ -117,7 +117,7 @@ void attend_few(const Head& h, int64_t from, int64_t to, float* out, Running* st
   for (int64_t at = from; at < to; at += kChunk) {
     const int64_t n = to - at < kChunk ? to - at : kChunk;
     for (int64_t i = 0; i < n; i++) {
-      if (at + i + kAhead < to) fetch<T>(h, h.a.keys, at + i + kAhead);
+      if (at + i + kAhead < h.length) fetch<T>(h, h.a.keys, at + i + kAhead);
       fetch<T>(h, h.a.values, at + i);
       load_key<T>(h, at + i, i, keys + i * dim);
     }
