@@ -123,12 +123,13 @@ def join_splits(
     HAS_SINKS: tl.constexpr, IF_SERVED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [blocks, num_kv_heads, rows]: one row's output from its shares."""
-    after_predecessor(OVERLAP)
-    if is_served(served, tl.program_id(0)) != IF_SERVED:
-        return
     kv, r = tl.program_id(1), tl.program_id(2)
     num_kv = tl.num_programs(1)
     first, own, _, _ = _bounds(blocks, tl.program_id(0))
+    is_idle = is_served(served, tl.program_id(0)) != IF_SERVED
+    after_predecessor(OVERLAP)  # which read that too
+    if is_idle:
+        return
     query = first + r // GROUP
     if r // GROUP >= own:
         return

@@ -19,7 +19,10 @@ __all__ = [
 
 @triton.jit
 def after_predecessor(OVERLAP: tl.constexpr):
-    """First line of every kernel: begin while the one before still runs, touch memory when it has ended."""
+    """In every kernel: begin while the one before still runs, and go on when it has ended and all it wrote is there.
+
+    Every program must come by here: so what the kernels before that one wrote is there from the start.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

@@ -30,7 +30,7 @@ _WARPS_FEW_ROWS = 2  # where a product of integers has no more rows than it must
 _MOST_WEIGHTS = 2**29  # exponentials kept at once: 1 GiB
 _LEAST_TILES_EACH, _MOST_TILES_EACH, _PROGRAMS = 4, 32, 1024
 _PROGRAMS_IF_NEEDED = 512  # that may find nothing to do: all fit on the chip at once
-_TOKEN_ROWS_SUMMED = 8192  # at once, of a program
+_TOKEN_ROWS_SUMMED = 8192  # of all KV heads that a program sums at once
 _ONCE, _BY_TILE, _BY_TOKEN = (int(how.value) for how in (ONCE, BY_TILE, BY_TOKEN))
 
 
@@ -204,18 +204,18 @@ class _Call:
                 stats[i], totals[i], context, served, blocks, shares, tiles_each * block_t, BLOCKS=shape.blocks,
                 ROWS=shape.rows, GROUP_PAD=shape.group_pad, BLOCK=256, num_warps=4, **overlap(device),
             )  # fmt: skip
-        tiles_summed, chunks, chunk = max(1, _TOKEN_ROWS_SUMMED // (block_t * shape.rows)), 0, 0
-        maxima = num_listed = None
+        maxima, num_listed, chunks, chunk = None, None, 0, 0
         if self.maxima is not None:
             chunks, chunk = self.maxima.chunks, self.maxima.chunk
             maxima, num_listed = self.maxima.values[part.first * chunks :], self.maxima.num_listed[part.first :]
-            tiles_summed = max(tiles_summed, chunk // block_t)
+        kv_pad, room = _power_of_2(num_kv_heads), max(1, _TOKEN_ROWS_SUMMED // (block_t * shape.rows))
+        tiles_summed = max(1, chunk // block_t, room // kv_pad)
         sum_votes[groups, -(-num_tiles // tiles_summed)](
             weights, peaks, totals, candidates, context, served, spans.start_loc[part.first :], votes, maxima,
-            num_listed, blocks, num_tiles, groups, chunks, CHUNK=chunk, KV=num_kv_heads,
-            KV_PAD=_power_of_2(num_kv_heads), GROUP=shape.group, GROUP_PAD=shape.group_pad, BLOCKS=shape.blocks,
-            LAUNCHES=len(launches), ROWS=shape.rows, BLOCK_T=block_t, TILES=tiles_summed, num_warps=4,
-            **overlap(device),
+            num_listed, blocks, num_tiles, groups, chunks, CHUNK=chunk, KV=num_kv_heads, KV_PAD=kv_pad,
+            KV_AT_ONCE=max(1, min(kv_pad, room // tiles_summed)), GROUP=shape.group, GROUP_PAD=shape.group_pad,
+            BLOCKS=shape.blocks, LAUNCHES=len(launches), ROWS=shape.rows, BLOCK_T=block_t, TILES=tiles_summed,
+            num_warps=4, **overlap(device),
         )  # fmt: skip
 
     def _launches(self) -> list[tuple[list[Distances], int]]:

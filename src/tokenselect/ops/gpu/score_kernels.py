@@ -234,12 +234,12 @@ def reduce_rows(
     GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [groups, num_kv_heads, ROWS]: maximum and sums of a row over the shares that its context reaches into."""
-    after_predecessor(OVERLAP)
-    if is_served(served, tl.program_id(0) * BLOCKS):
-        return
     r = tl.program_id(2)
     block = tl.minimum(tl.program_id(0) * BLOCKS + r // GROUP_PAD % BLOCKS, num_blocks - 1)
     length = (tl.load(context + 2 * block + 1) - tl.load(context + 2 * block)).to(tl.int32)
+    after_predecessor(OVERLAP)  # which read the context too
+    if is_served(served, tl.program_id(0) * BLOCKS):
+        return
     shares = tl.cdiv(length, share_size)
     own_place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     most = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -277,39 +277,60 @@ def _view_sums(totals, KV: tl.constexpr, KV_PAD: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit
+def _powers(
+    weights, peaks, place, first, first_tile, num_tiles, KV: tl.constexpr, KV_AT_ONCE: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What `score_tiles` left of some KV heads [KV_AT_ONCE, TILES, BLOCK_T, ROWS], and the tiles' maxima."""
+    r = tl.arange(0, ROWS)
+    kv = first + tl.arange(0, KV_AT_ONCE)
+    tile = first_tile + tl.arange(0, TILES)
+    inside = (kv < KV)[:, None] & (tile < num_tiles)[None, :]
+    own = (place + kv)[:, None] * num_tiles + tile[None, :]
+    peak = tl.load(peaks + own[:, :, None] * ROWS + r, mask=inside[:, :, None], other=float("-inf"))
+    token = own[:, :, None] * BLOCK_T + tl.arange(0, BLOCK_T)
+    kept = tl.load(weights + token[:, :, :, None] * ROWS + r, mask=inside[:, :, None, None], other=0.0)
+    return kept, peak
+
+
+@triton.jit
 def sum_votes(
     weights, peaks, totals, candidates, context, served, start_loc, votes, maxima, num_listed,
     num_blocks, num_tiles, num_groups, num_chunks,
-    CHUNK: tl.constexpr, KV: tl.constexpr, KV_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
-    BLOCKS: tl.constexpr, LAUNCHES: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, TILES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    CHUNK: tl.constexpr, KV: tl.constexpr, KV_PAD: tl.constexpr, KV_AT_ONCE: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr, BLOCKS: tl.constexpr, LAUNCHES: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
+    TILES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid [groups, pieces of TILES tiles]: add the normalised weights of all heads and views.
+    """Grid [groups, pieces of TILES tiles]: add the normalised weights of all heads and views, some KV heads at once.
 
-    Where `maxima` of chunks of CHUNK votes are wanted (see `topk.Maxima`), a context has candidates only.
+    Where `maxima` of chunks of CHUNK votes are wanted (see `topk.Maxima`), a context has candidates only. Only totals
+    are new: what `score_tiles` left was complete before the kernel in between began, so it is asked for at once.
     """
-    after_predecessor(OVERLAP)
-    if is_served(served, tl.program_id(0) * BLOCKS):
-        return
     group, first_tile = tl.program_id(0), tl.program_id(1) * TILES
+    first_place = (group * KV).to(tl.int64)
+    kept, peak = _powers(weights, peaks, first_place, 0, first_tile, num_tiles, KV, KV_AT_ONCE, TILES, BLOCK_T, ROWS)
+    after_predecessor(OVERLAP)
+    if is_served(served, group * BLOCKS):
+        return
     r = tl.arange(0, ROWS)
-    tile = first_tile + tl.arange(0, TILES)
-    offset = tile[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-    is_tile = tile < num_tiles
-    out = tl.zeros([TILES, BLOCK_T, ROWS], tl.float32)  # summed over the rows at the end
+    kv = tl.arange(0, KV_AT_ONCE)
+    out = tl.zeros([KV_AT_ONCE, TILES, BLOCK_T, ROWS], tl.float32)  # summed over heads at the end
     for launch in tl.static_range(LAUNCHES):
         own_place = ((launch * num_groups + group) * KV).to(tl.int64)
         sums = _view_sums(totals + own_place * ROWS * 3, KV, KV_PAD, ROWS, GROUP, GROUP_PAD)
-        for kv in tl.range(0, KV, loop_unroll_factor=2):
-            place = own_place + kv
-            own_totals = totals + (place * ROWS + r) * 3
-            unit = 1.0 / (tl.load(own_totals + 1) * sums)
-            rows_peaks = peaks + (place * num_tiles + tile[:, None]) * ROWS + r[None, :]
-            peak = tl.load(rows_peaks, mask=is_tile[:, None], other=float("-inf"))
-            factor = tl.exp2(peak - tl.load(own_totals)[None, :]) * unit[None, :]
-            rows_weights = weights + (place * num_tiles * BLOCK_T + offset[:, :, None]) * ROWS + r[None, None, :]
-            e = tl.load(rows_weights, mask=is_tile[:, None, None], other=0.0)
-            out += e.to(tl.float32) * factor[:, None, :]
+        for first in tl.static_range(0, KV, KV_AT_ONCE):
+            if launch + first > 0:
+                kept, peak = _powers(
+                    weights, peaks, own_place, first, first_tile, num_tiles, KV, KV_AT_ONCE, TILES, BLOCK_T, ROWS
+                )
+            is_head = (first + kv < KV)[:, None]
+            own_totals = totals + ((own_place + first + kv)[:, None] * ROWS + r[None, :]) * 3
+            unit = 1.0 / (tl.load(own_totals + 1, mask=is_head, other=1.0) * sums[None, :])
+            highest = tl.load(own_totals, mask=is_head, other=0.0)
+            factor = tl.exp2(peak - highest[:, None, :]) * unit[:, None, :]
+            out += kept.to(tl.float32) * factor[:, :, None, :]
+    tile = first_tile + tl.arange(0, TILES)
+    offset = tile[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
     for n in tl.static_range(BLOCKS):
         block = group * BLOCKS + n
         if block < num_blocks:
@@ -317,7 +338,7 @@ def sum_votes(
             low = (tl.load(candidates + 2 * block) - begin).to(tl.int32)
             high = (tl.load(candidates + 2 * block + 1) - begin).to(tl.int32)
             mine = (r // GROUP_PAD % BLOCKS == n) & (r % GROUP_PAD < GROUP)
-            own_votes = tl.sum(tl.where(mine[None, None, :], out, 0.0), axis=2)
+            own_votes = tl.sum(tl.sum(tl.where(mine[None, None, None, :], out, 0.0), axis=3), axis=0)
             place = votes + tl.load(start_loc + block) + offset - low
             is_vote = (offset >= low) & (offset < high)
             tl.store(place, own_votes, mask=is_vote)

@@ -18,9 +18,10 @@ from torch import Tensor
 from tokenselect.ops.gpu.bounds import is_known, on_host, overlap
 from tokenselect.ops.gpu.device_code import after_predecessor, is_served
 
-_LEAST_SLICE, _MOST_SLICE, _SLICES = 4096, 8192, 128  # votes per program, and programs wanted
+_LEAST_SLICE, _MOST_SLICE, _SLICES = 1024, 8192, 128  # votes per program, and programs wanted
 _AT_HAND = 4096  # how much of a list a program holds
-_CHUNKS_PER_CHOICE, _LEAST_CHUNKS = 4, 4096  # at most, and where few are chosen
+_CHUNKS_PER_CHOICE, _LEAST_CHUNKS = 2, 4096  # at most, and where few are chosen
+_WARPS = 8
 
 
 @triton.jit
@@ -58,67 +59,85 @@ def find_maxima(
 
 
 @triton.jit
-def _how_many(values, floor, first, n, lane, AT_HAND: tl.constexpr):
-    """Values >= floor; the first ones are at hand."""
-    found = tl.sum((first >= floor).to(tl.int32), axis=0)
-    for at in range(AT_HAND, n, AT_HAND):
-        more = tl.load(values + at + lane, mask=at + lane < n, other=-1)
-        found += tl.sum((more >= floor).to(tl.int32), axis=0)
-    return found
+def _reach(values, a, b):
+    """How many values, fewer than 2 ** 15, reach each of two floors."""
+    both = tl.sum((values >= a).to(tl.int32) + (values >= b).to(tl.int32) * 65536, axis=0)
+    return both & 0xFFFF, both >> 16
 
 
 @triton.jit
-def _between(values, first, n, k, most, lane, AT_HAND: tl.constexpr):
-    """The largest value found that k to `most` values reach, how many do, and how many reach the next one tried.
+def _narrowed(low, at_low, high, at_high, floor, found, k):
+    """The bounds, once it is known how many values reach another floor."""
+    is_low, is_high = (found >= k) & (floor > low), (found < k) & (floor < high)
+    low, at_low = tl.where(is_low, floor, low), tl.where(is_low, found, at_low)
+    return low, at_low, tl.where(is_high, floor, high), tl.where(is_high, found, at_high)
 
-    More than `most` reach it where ties leave no choice; then it is the k-th largest.
-    """
-    low = tl.min(tl.where(lane < n, tl.maximum(first, 0), 0x7FFFFFFF), axis=0)
+
+@triton.jit
+def _range(values, first, n, lane, AT_HAND: tl.constexpr):
+    """The smallest of n values, and one more than the largest; the first ones are at hand."""
+    low = tl.min(tl.where(lane < n, first, 0x7FFFFFFF), axis=0)
     high = tl.max(first, axis=0)
-    at_low = tl.sum(((first >= 0) & (lane < n)).to(tl.int32), axis=0)
     for at in range(AT_HAND, n, AT_HAND):
         more = tl.load(values + at + lane, mask=at + lane < n, other=-1)
-        low = tl.minimum(low, tl.min(tl.where(at + lane < n, tl.maximum(more, 0), 0x7FFFFFFF), axis=0))
+        low = tl.minimum(low, tl.min(tl.where(at + lane < n, more, 0x7FFFFFFF), axis=0))
         high = tl.maximum(high, tl.max(more, axis=0))
-        at_low += tl.sum((more >= 0).to(tl.int32), axis=0)
-    high += 1
+    return low, high + 1
+
+
+@triton.jit
+def _between(values, first, n, k, most, low, high, lane, AT_HAND: tl.constexpr):
+    """The largest value found that k to `most` of n values reach, how many do, and how many reach the next one tried.
+
+    All reach `low` and none `high`. More than `most` reach what is found where ties leave no choice, which then is the
+    k-th largest; fewer than k where there are no more.
+    """
+    at_low = n
     at_high, step = 0, 0
     while (high - low > 1) & (at_low > most):
-        middle = low + (high - low) // 2
-        if step % 2 == 0:  # guess by the counts, halve every other time
-            share = (at_low - k).to(tl.float32) / (at_low - at_high).to(tl.float32)
-            guess = low + (share * (high - low).to(tl.float32)).to(tl.int32)
-            middle = tl.minimum(tl.maximum(guess, low + 1), high - 1)
-        found = _how_many(values, middle, first, n, lane, AT_HAND)
-        if found >= k:
-            low, at_low = middle, found
-        else:
-            high, at_high = middle, found
+        # Two floors around a guess by the counts; every third time the middle, as guesses may be bad.
+        width = high - low
+        share = (at_low - k).to(tl.float32) / (at_low - at_high).to(tl.float32)
+        guess, margin = low + (share * width.to(tl.float32)).to(tl.int32), tl.maximum(width // 16, 1)
+        a = tl.maximum(tl.minimum(guess - margin, high - 1), low + 1)
+        b = tl.minimum(guess + margin, high - 1)
+        if step % 3 == 2:
+            b = low + width // 2
+        at_a, at_b = _reach(first, a, b)
+        for at in range(AT_HAND, n, AT_HAND):
+            more = tl.load(values + at + lane, mask=at + lane < n, other=-1)
+            more_a, more_b = _reach(more, a, b)
+            at_a, at_b = at_a + more_a, at_b + more_b
+        low, at_low, high, at_high = _narrowed(low, at_low, high, at_high, a, at_a, k)
+        low, at_low, high, at_high = _narrowed(low, at_low, high, at_high, b, at_b, k)
         step += 1
     return low, at_low, at_high
 
 
 @triton.jit
 def list_votes(
-    votes, start_loc, served, maxima, listed, listed_at, num_listed, num_chunks, k, size,
-    SLICE: tl.constexpr, AT_HAND: tl.constexpr, OVERLAP: tl.constexpr,
+    votes, start_loc, served, maxima, listed, listed_at, num_listed, bounds, num_chunks, k, size,
+    SLICE: tl.constexpr, CHUNK: tl.constexpr, AT_HAND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [num_blocks, slices]: list, in any order, the votes that reach about the k-th largest maximum."""
-    after_predecessor(OVERLAP)
-    if is_served(served, tl.program_id(0)):
-        return
     start, count = _block(start_loc)
+    after_predecessor(OVERLAP)  # which read it too
     block, edge = tl.program_id(0), tl.program_id(1) * SLICE
-    if edge >= count:
+    if is_served(served, block) | (edge >= count):
         return
     maxima += block.to(tl.int64) * num_chunks
     lane = tl.arange(0, AT_HAND)
-    first = tl.load(maxima + lane, mask=lane < num_chunks, other=-1)
+    chunks = tl.cdiv(count, CHUNK)
+    first = tl.load(maxima + lane, mask=lane < chunks, other=-1)
     offset = edge + tl.arange(0, SLICE)
     bits = _bits(votes, start + offset, offset < count)
-    floor, reached, _ = _between(maxima, first, num_chunks, k, k + k // 4, lane, AT_HAND)
+    low, high = _range(maxima, first, chunks, lane, AT_HAND)
+    floor, reached, _ = _between(maxima, first, chunks, k, k + k // 8, low, high, lane, AT_HAND)
     if reached < k:  # a short block has fewer chunks than it chooses votes
         floor = 0
+    if edge == 0:
+        tl.store(bounds + 2 * block, floor)
+        tl.store(bounds + 2 * block + 1, high)
     here = bits >= floor
     found = tl.sum(here.to(tl.int32), axis=0)
     if found > 0:
@@ -150,26 +169,26 @@ def _last_tie(listed, listed_at, least, ties, n, lane, AT_HAND: tl.constexpr):
 
 @triton.jit
 def write_chosen(
-    votes, start_loc, served, listed, listed_at, num_listed, out, firsts, k, size, out_stride,
+    votes, start_loc, served, listed, listed_at, num_listed, bounds, out, firsts, k, size, out_stride,
     SLICE: tl.constexpr, AT_HAND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [num_blocks, slices]: the exact threshold, found by every program, and its own slice's choice."""
-    after_predecessor(OVERLAP)
-    if is_served(served, tl.program_id(0)):
-        return
     start, count = _block(start_loc)
     block, edge = tl.program_id(0), tl.program_id(1) * SLICE
-    if edge >= count:
+    offset = edge + tl.arange(0, SLICE)
+    bits = _bits(votes, start + offset, offset < count)
+    begin = start * 0 if firsts is None else tl.load(firsts + block)
+    after_predecessor(OVERLAP)  # `list_votes`, which read all that before
+    if is_served(served, block) | (edge >= count):
         return
     n = tl.load(num_listed + block)
+    low, high = tl.load(bounds + 2 * block), tl.load(bounds + 2 * block + 1)
     listed += block.to(tl.int64) * size
     listed_at += block.to(tl.int64) * size
     lane = tl.arange(0, AT_HAND)
     first = tl.load(listed + lane, mask=lane < n, other=-1)
     first_at = tl.load(listed_at + lane, mask=lane < n, other=0x7FFFFFFF)
-    offset = edge + tl.arange(0, SLICE)
-    bits = _bits(votes, start + offset, offset < count)
-    least, reached, above = _between(listed, first, n, k, k, lane, AT_HAND)
+    least, reached, above = _between(listed, first, n, k, k, low, high, lane, AT_HAND)
     last = 0x7FFFFFFF
     if reached > k:
         last = _last_tie(listed, listed_at, least, k - above, n, lane, AT_HAND)
@@ -184,10 +203,7 @@ def write_chosen(
         before += tl.sum((taken & (more_at < edge)).to(tl.int32), axis=0)
     mine = (bits > least) | ((bits == least) & (offset <= last))
     place = before + tl.cumsum(mine.to(tl.int32), axis=0) - 1
-    found = offset.to(tl.int64)
-    if firsts is not None:
-        found += tl.load(firsts + block)
-    tl.store(out + block.to(tl.int64) * out_stride + place, found, mask=mine)
+    tl.store(out + block.to(tl.int64) * out_stride + place, begin + offset, mask=mine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,29 +257,32 @@ def topk_tokens(
     longest = _longest(votes, start_loc) if longest is None else longest
     size = _slice(longest)
     listed, listed_at = torch.empty((2, blocks, longest), dtype=torch.int32, device=device)
+    bounds = torch.empty(2 * blocks, dtype=torch.int32, device=device)  # of what is listed
     out = torch.empty((blocks, k), dtype=torch.int64, device=device) if into is None else into
     start_loc, grid = start_loc.to(device), (blocks, triton.cdiv(longest, size))
     if maxima is None:
         maxima = Maxima.of(blocks, longest, k, device)
         find_maxima[grid](
             votes, start_loc, served, maxima.values, maxima.num_listed, maxima.chunks,
-            SLICE=size, CHUNK=maxima.chunk, num_warps=8, **overlap(device),
+            SLICE=size, CHUNK=maxima.chunk, num_warps=_WARPS, **overlap(device),
         )  # fmt: skip
     chunks, num_listed = maxima.chunks, maxima.num_listed
     list_votes[grid](
-        votes, start_loc, served, maxima.values, listed, listed_at, num_listed, chunks, k, longest,
-        SLICE=size, AT_HAND=min(2 * _AT_HAND, triton.next_power_of_2(chunks)), num_warps=16, **overlap(device),
+        votes, start_loc, served, maxima.values, listed, listed_at, num_listed, bounds, chunks, k, longest,
+        SLICE=size, CHUNK=maxima.chunk, AT_HAND=min(_AT_HAND, triton.next_power_of_2(chunks)), num_warps=_WARPS,
+        **overlap(device),
     )  # fmt: skip
     write_chosen[grid](
-        votes, start_loc, served, listed, listed_at, num_listed, out, firsts, k, longest, out.stride(0),
-        SLICE=size, AT_HAND=_AT_HAND, num_warps=8, **overlap(device),
+        votes, start_loc, served, listed, listed_at, num_listed, bounds, out, firsts, k, longest, out.stride(0),
+        SLICE=size, AT_HAND=_AT_HAND, num_warps=_WARPS, **overlap(device),
     )  # fmt: skip
     return out
 
 
 def _slice(longest: int) -> int:
     """Votes per program."""
-    return _LEAST_SLICE if longest <= _LEAST_SLICE * _SLICES else _MOST_SLICE
+    per_program: int = triton.next_power_of_2(triton.cdiv(longest, _SLICES))
+    return min(_MOST_SLICE, max(_LEAST_SLICE, per_program))
 
 
 def _longest(votes: Tensor, start_loc: Tensor) -> int:
