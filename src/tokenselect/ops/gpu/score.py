@@ -209,7 +209,8 @@ class _Call:
             chunks, chunk = self.maxima.chunks, self.maxima.chunk
             maxima, num_listed = self.maxima.values[part.first * chunks :], self.maxima.num_listed[part.first :]
         kv_pad, room = _power_of_2(num_kv_heads), max(1, _TOKEN_ROWS_SUMMED // (block_t * shape.rows))
-        tiles_summed = max(1, chunk // block_t, room // kv_pad)
+        at_once = kv_pad if self.served is None else 1  # fewer programs where they may have nothing to do
+        tiles_summed = max(1, chunk // block_t, room // at_once)
         sum_votes[groups, -(-num_tiles // tiles_summed)](
             weights, peaks, totals, candidates, context, served, spans.start_loc[part.first :], votes, maxima,
             num_listed, blocks, num_tiles, groups, chunks, CHUNK=chunk, KV=num_kv_heads, KV_PAD=kv_pad,

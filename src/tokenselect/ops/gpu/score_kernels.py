@@ -307,11 +307,12 @@ def sum_votes(
     are new: what `score_tiles` left was complete before the kernel in between began, so it is asked for at once.
     """
     group, first_tile = tl.program_id(0), tl.program_id(1) * TILES
+    if is_served(served, group * BLOCKS):
+        after_predecessor(OVERLAP)
+        return
     first_place = (group * KV).to(tl.int64)
     kept, peak = _powers(weights, peaks, first_place, 0, first_tile, num_tiles, KV, KV_AT_ONCE, TILES, BLOCK_T, ROWS)
     after_predecessor(OVERLAP)
-    if is_served(served, group * BLOCKS):
-        return
     r = tl.arange(0, ROWS)
     kv = tl.arange(0, KV_AT_ONCE)
     out = tl.zeros([KV_AT_ONCE, TILES, BLOCK_T, ROWS], tl.float32)  # summed over heads at the end

@@ -173,14 +173,15 @@ def write_chosen(
     SLICE: tl.constexpr, AT_HAND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [num_blocks, slices]: the exact threshold, found by every program, and its own slice's choice."""
-    start, count = _block(start_loc)
     block, edge = tl.program_id(0), tl.program_id(1) * SLICE
+    start, count = _block(start_loc)
+    if is_served(served, block) | (edge >= count):
+        after_predecessor(OVERLAP)
+        return
     offset = edge + tl.arange(0, SLICE)
     bits = _bits(votes, start + offset, offset < count)
     begin = start * 0 if firsts is None else tl.load(firsts + block)
     after_predecessor(OVERLAP)  # `list_votes`, which read all that before
-    if is_served(served, block) | (edge >= count):
-        return
     n = tl.load(num_listed + block)
     low, high = tl.load(bounds + 2 * block), tl.load(bounds + 2 * block + 1)
     listed += block.to(tl.int64) * size
