@@ -12,7 +12,6 @@ namespace tokenselect::TS_ISA {
 namespace {
 
 constexpr int kRowsAtOnce = W == 16 ? 8 : 6;  // with the columns of a block, their sums nearly fit the registers
-constexpr int kChains = W == 16 ? 2 : 1;      // sums of a row, each of every so many columns: they do not wait for another
 
 template <int N>
 TS_INLINE void store_all(const vf* x, char* out) {
@@ -152,6 +151,19 @@ struct KeyRows {
 
 constexpr int64_t kTilesAhead = 8;  // tiles between asking for keys and reading them
 
+// Keys that are asked for while others are multiplied: one piece with every column. At once they would hold up the loads.
+struct Ahead {
+  const char* at;
+  int64_t step, jump;  // bytes from a piece to the next, and from a block's first piece to that of the next block
+
+  // Where rows follow each other without a gap, memory is asked for in its own order, else key by key.
+  template <class Key>
+  static Ahead of(const char* key, int64_t stride, int64_t blocks) {
+    constexpr int64_t piece = kKeyBytes<Key>;
+    return stride == blocks * piece ? Ahead{key, piece, W * piece} : Ahead{key, stride, piece};
+  }
+};
+
 // The columns of a block; `key(k)` is the address of key k there.
 template <class Key, class Place>
 TS_INLINE void load_columns(Place key, vu* columns) {
@@ -171,6 +183,9 @@ __attribute__((noinline)) void load_last_columns(const char* const* keys, int64_
 // The sums of `Rows` rows: kept in registers, so every loop over them is unrolled.
 template <class Key, int Rows>
 struct Sums {
+  // Of a row, each of every so many columns: a sum does not wait for the one before. As many for any number of rows,
+  // that results do not depend on what is scored at the same time; but integers add up to the same in any order.
+  static constexpr int kChains = W < 16 || (__is_same(typename Key::Sum, vi) && Rows == 8) ? 1 : 2;
   typename Key::Sum sums[Rows][kChains];
 
   TS_INLINE void clear(Sums& s) {
@@ -180,12 +195,11 @@ struct Sums {
       for (int c = 0; c < kChains; c++) s.sums[r][c] = typename Key::Sum{};
   }
 
-  // Adds the products of a block's columns with its packed queries. Meanwhile the same block of a tile that is needed
-  // later comes into the cache, key by key: asked for at once, its lines would hold up the loads.
-  TS_INLINE void add(Sums& s, const vu* columns, const char* queries, const char* later, int64_t stride) {
+  // Adds the products of a block's columns with its packed queries.
+  TS_INLINE void add(Sums& s, const vu* columns, const char* queries, Ahead& ahead) {
 #pragma GCC unroll 16
     for (int c = 0; c < W; c++) {
-      __builtin_prefetch(later + c * stride, 0, 3);
+      __builtin_prefetch(ahead.at + c * ahead.step, 0, 3);
       vu pieces[Key::kSplit];
       Key::split(columns[c], pieces);
 #pragma GCC unroll 4
@@ -196,6 +210,7 @@ struct Sums {
           s.sums[r][c % kChains] = Key::add(s.sums[r][c % kChains], pieces[i], piece);
         }
     }
+    ahead.at += ahead.jump;
   }
 
   TS_INLINE void finish(const Sums& s, const Logits& l, int64_t row) {
@@ -212,29 +227,28 @@ struct Sums {
 
 // A tile whose keys follow each other, and rows that fit the registers: its columns never leave them.
 template <class Key, int Rows>
-TS_INLINE void multiply_keys(const char* key, const char* later, int64_t stride, int64_t blocks, const Logits& l) {
-  typedef Sums<Key, Rows> S;
-  S sums;
-  S::clear(sums);
-  const char* queries = l.queries;
-  for (int64_t b = 0; b < blocks; b++, key += kKeyBytes<Key>, later += kKeyBytes<Key>, queries += Rows * kQueryBytes<Key>) {
-    vu columns[W];
-    load_columns<Key>([&](int k) { return key + k * stride; }, columns);
-    S::add(sums, columns, queries, later, stride);
-  }
-  S::finish(sums, l, 0);
-}
-
-// The same with columns that were loaded before, for the rows from `row` on.
-template <class Key, int Rows>
-TS_INLINE void multiply_columns(const vu* columns, const char* later, int64_t stride, int64_t blocks, const Logits& l,
-                                int64_t row) {
+TS_INLINE void multiply_keys(const char* key, int64_t stride, int64_t blocks, const Logits& l, int64_t row, Ahead ahead) {
   typedef Sums<Key, Rows> S;
   S sums;
   S::clear(sums);
   const char* queries = l.queries + row * blocks * kQueryBytes<Key>;
-  for (int64_t b = 0; b < blocks; b++, columns += W, later += kKeyBytes<Key>, queries += Rows * kQueryBytes<Key>)
-    S::add(sums, columns, queries, later, stride);
+  for (int64_t b = 0; b < blocks; b++, key += kKeyBytes<Key>, queries += Rows * kQueryBytes<Key>) {
+    vu columns[W];
+    load_columns<Key>([&](int k) { return key + k * stride; }, columns);
+    S::add(sums, columns, queries, ahead);
+  }
+  S::finish(sums, l, row);
+}
+
+// The same with columns that were loaded before, for the rows from `row` on.
+template <class Key, int Rows>
+TS_INLINE void multiply_columns(const vu* columns, int64_t blocks, const Logits& l, int64_t row, Ahead ahead) {
+  typedef Sums<Key, Rows> S;
+  S sums;
+  S::clear(sums);
+  const char* queries = l.queries + row * blocks * kQueryBytes<Key>;
+  for (int64_t b = 0; b < blocks; b++, columns += W, queries += Rows * kQueryBytes<Key>)
+    S::add(sums, columns, queries, ahead);
   S::finish(sums, l, row);
 }
 
@@ -272,19 +286,16 @@ void dot_tiles(const KeyRows& keys, int64_t begin, int64_t n, int64_t known, int
   const int64_t blocks = blocks_of<Key>(dim);
   const Parts parts(rows);
   for (int64_t i = begin; i < begin + n; i += W, l.out += W) {
-    const int64_t left = begin + n - i, ahead = i + kTilesAhead * W;
-    const char* later = ahead + W <= known ? keys.together(ahead) : nullptr;
-    if (!later) later = keys.head + keys.rows[i] * keys.stride;
-    const char* first = left >= W && parts.count == 1 && dim % Key::kLoaded == 0 ? keys.together(i) : nullptr;
-    if (first) {
-      with_rows(rows, [&]<int Rows>() { multiply_keys<Key, Rows>(first, later, keys.stride, blocks, l); });
-    } else {
-      make_columns<Key>(keys, i, left < W ? left : W, dim, columns);
-      for (int64_t p = 0; p < parts.count; p++)
-        with_rows(parts.size(p), [&]<int Rows>() {
-          multiply_columns<Key, Rows>(columns, later, keys.stride, blocks, l, parts.begin(p));
-        });
-    }
+    const int64_t left = begin + n - i, later = i + kTilesAhead * W;
+    const char* next = later + W <= known ? keys.together(later) : nullptr;
+    Ahead ahead = next ? Ahead::of<Key>(next, keys.stride, blocks) : Ahead{(const char*)columns, 0, 0};
+    const char* first = left >= W && dim % Key::kLoaded == 0 ? keys.together(i) : nullptr;
+    if (!first) make_columns<Key>(keys, i, left < W ? left : W, dim, columns);
+    for (int64_t p = 0; p < parts.count; p++, ahead = {(const char*)columns, 0, 0})
+      with_rows(parts.size(p), [&]<int Rows>() {
+        if (first) multiply_keys<Key, Rows>(first, keys.stride, blocks, l, parts.begin(p), ahead);
+        else multiply_columns<Key, Rows>(columns, blocks, l, parts.begin(p), ahead);
+      });
     if (l.key_scales) l.key_scales += W;
   }
 }
