@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from tokenselect.hardware import advise_huge_pages
-from tokenselect.ops.paging import PageTable
+from tokenselect.ops.paging import PageTable, first_pages
 from tokenselect.selection import SelectionState
 
 _GROWTH = 1.5
@@ -323,7 +322,7 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
         assert own is not None
         if own.pages is None or own.pages.padding != padding:
             batch, heads, capacity, _ = own.keys.shape
-            own.pages = PageTable(_first_pages(batch, heads, self.device), capacity, padding)
+            own.pages = PageTable(first_pages(batch, heads, self.device), capacity, padding)
         return own.pages
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -389,12 +388,6 @@ class RawKeyLayer(CacheLayerMixin):  # type: ignore[misc]
             return self._enlarged(buffer[:, :, :length][rows], length, buffer.shape[2])
         buffer[:, :, :length] = buffer[:, :, :length][rows]
         return buffer
-
-
-@functools.lru_cache(maxsize=16)
-def _first_pages(batch: int, heads: int, device: torch.device) -> Tensor:
-    """The page [B, 1] of each sequence, the same in every layer. Never write to it."""
-    return torch.arange(batch, device=device)[:, None] * heads
 
 
 def _as_rows(buffer: Tensor) -> Tensor:

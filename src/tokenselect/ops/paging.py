@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,12 @@ class PageTable:
             first = page * self.page_size + begin % self.page_size
             return cache[first : first + end - start]
         return cache[self.slots(sequence, torch.arange(start, end, device=cache.device))]
+
+
+@functools.lru_cache(maxsize=16)
+def first_pages(batch: int, apart: int, device: torch.device) -> Tensor:
+    """The page [B, 1] of each sequence of a cache whose pages lie `apart`. All layers share it: never write to it."""
+    return torch.arange(batch, device=device)[:, None] * apart
 
 
 def range_slots(ranges: Sequence[Range], pages: PageTable) -> Tensor:
