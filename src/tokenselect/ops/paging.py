@@ -61,7 +61,8 @@ class PageTable:
 @functools.lru_cache(maxsize=16)
 def first_pages(batch: int, apart: int, device: torch.device) -> Tensor:
     """The page [B, 1] of each sequence of a cache whose pages lie `apart`. All layers share it: never write to it."""
-    return torch.arange(batch, device=device)[:, None] * apart
+    with torch.inference_mode(False):  # it outlives the pass that asks first
+        return torch.arange(batch, device=device)[:, None] * apart
 
 
 def range_slots(ranges: Sequence[Range], pages: PageTable) -> Tensor:
