@@ -10,7 +10,7 @@ namespace tokenselect::TS_ISA {
 namespace {
 
 constexpr int64_t kChunk = 1024;                  // keys whose logits are made at once
-constexpr int64_t kStride = kChunk + W;           // from a row's logits to the next: not a power of two, which caches place badly
+constexpr int64_t kStride = kChunk + W;           // from a row's logits to the next: caches place powers of two badly
 constexpr int64_t kBlocksAtOnce = 16;             // blocks that share a read of the keys
 constexpr int64_t kMostWeights = int64_t(32) << 20;  // bytes of exponentials kept between the passes
 constexpr int64_t kEndless = int64_t(1) << 60;
@@ -104,7 +104,8 @@ void weigh(const Group& g, int64_t kv_head, int64_t chunk, const float* logits) 
 // Scales of the keys in `n` rows.
 void load_scales(const ScoreArgs& a, int64_t kv_head, const int64_t* rows, int64_t n, float* out) {
   const float* scales = (const float*)a.key_scales.data + kv_head * a.key_scales.head_stride;
-  if (a.key_scales.row_stride == 1 && a.pages.max_pages == 1) __builtin_memcpy(out, scales + rows[0], n * sizeof(float));
+  if (a.key_scales.row_stride == 1 && a.pages.max_pages == 1)
+    __builtin_memcpy(out, scales + rows[0], n * sizeof(float));
   else
     for (int64_t i = 0; i < n; i++) out[i] = scales[rows[i] * a.key_scales.row_stride];
 }
@@ -189,7 +190,8 @@ void sum_votes(const Group& g, const float* factors, int64_t block, int64_t chun
       const int64_t first_row = kv * g.head_rows + (block - g.first_block) * per_block;
       for (int64_t row = first_row; row < first_row + per_block; row++) {
         const float factor = factors[row * g.chunks + chunk];
-        for (int j = 0; j < kSums; j++) sums[j] += load_weight<Key>(g.weights, row * g.length + place + i + j * W) * factor;
+        const int64_t at = row * g.length + place + i;
+        for (int j = 0; j < kSums; j++) sums[j] += load_weight<Key>(g.weights, at + j * W) * factor;
       }
     }
     for (int j = 0; j < kSums; j++) store(total + i + j * W, sums[j]);

@@ -2,8 +2,8 @@
 // them add up in one vector and need no horizontal sums. A tile is made once and serves every query row.
 //
 // What one load of each key brings are `kLoaded` dimensions, a block: W columns of W * 4 bytes, which meet W * kSplit
-// pieces of 4 bytes of each query. Queries are packed block by block, in a block row by row: from one pointer all lie at
-// places that the compiler knows, and no instruction goes into finding them.
+// pieces of 4 bytes of each query. Queries are packed block by block, in a block row by row: from one pointer all lie
+// at places that the compiler knows, and no instruction goes into finding them.
 #pragma once
 
 #include "transpose.h"
@@ -151,7 +151,7 @@ struct KeyRows {
 
 constexpr int64_t kTilesAhead = 8;  // tiles between asking for keys and reading them
 
-// Keys that are asked for while others are multiplied: one piece with every column. At once they would hold up the loads.
+// Keys that are asked for while others are multiplied: a piece with every column. At once they would hold up the loads.
 struct Ahead {
   const char* at;
   int64_t step, jump;  // bytes from a piece to the next, and from a block's first piece to that of the next block
@@ -227,7 +227,8 @@ struct Sums {
 
 // A tile whose keys follow each other, and rows that fit the registers: its columns never leave them.
 template <class Key, int Rows>
-TS_INLINE void multiply_keys(const char* key, int64_t stride, int64_t blocks, const Logits& l, int64_t row, Ahead ahead) {
+TS_INLINE void multiply_keys(const char* key, int64_t stride, int64_t blocks, const Logits& l, int64_t row,
+                             Ahead ahead) {
   typedef Sums<Key, Rows> S;
   S sums;
   S::clear(sums);

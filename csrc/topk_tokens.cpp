@@ -42,7 +42,7 @@ struct Part {
   void list(uint32_t floor);
 };
 
-// A group: `group` votes that are W apart, so that no vector's values meet. 0, which all votes reach, where there is none.
+// A group: votes that are W apart, so that no vector's values meet. 0, which all votes reach, where there are none.
 void Part::find_maxima(int64_t group) {
   num_maxima = 0;
   for (int64_t i = 0; i < n; num_maxima += W) {
@@ -70,8 +70,10 @@ void Part::list(uint32_t floor) {
     compress(index, marked, indices + num_listed);
     num_listed += compress(value, marked, values + num_listed);
   }
-  for (; i < n; i++)
-    if (ordered(votes[i]) >= floor) indices[num_listed] = (uint32_t)(first + i), values[num_listed++] = ordered(votes[i]);
+  for (; i < n; i++) {
+    const uint32_t value = ordered(votes[i]);
+    if (value >= floor) indices[num_listed] = (uint32_t)(first + i), values[num_listed++] = value;
+  }
   store(values + num_listed, vu{});  // what fills the last vector counts for nothing
 }
 
@@ -142,7 +144,8 @@ void topk_tokens(const TopkArgs& args) {
       const int64_t first = args.start_loc[i], n = args.start_loc[i + 1] - first;
       // Several blocks go to the threads whole; one block is cut up for them.
       const int64_t most = args.num_blocks == 1 ? num_threads() : 1, wanted = n / kChunk;
-      select_block(args.votes + first, n, args.k, args.indices + i * args.k, wanted < 1 ? 1 : wanted < most ? wanted : most);
+      const int64_t parts = wanted < 1 ? 1 : wanted < most ? wanted : most;
+      select_block(args.votes + first, n, args.k, args.indices + i * args.k, parts);
     }
   };
   if (args.num_blocks == 1) blocks(0, 1);

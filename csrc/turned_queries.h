@@ -85,7 +85,8 @@ struct Queries {
   Queries(const Group& group, int64_t head) : g(group), kv_head(head) {
     const ScoreArgs& a = g.a;
     const int64_t rows = g.head_rows;
-    heads = a.num_q_heads / a.num_kv_heads, dim = a.head_dim, blocks = blocks_of<Key>(dim), width = blocks * Key::kLoaded;
+    heads = a.num_q_heads / a.num_kv_heads, dim = a.head_dim;
+    blocks = blocks_of<Key>(dim), width = blocks * Key::kLoaded;
     scaled = (float*)scratch(2, ((rows + 2) * width + 5 * rows) * sizeof(float));
     turned = scaled + rows * width, units = turned + width;
     float* none = units + rows;
@@ -175,8 +176,9 @@ struct Queries {
     for (int i = 0; i < N; i++) {
       const vf x = load<vf>(query + i * W), y = load<vf>(query + (N + i) * W);
       const vf c = load<vf>(cos + i * W), s = load<vf>(sin + i * W);
-      turned[i] = x * c - y * s, turned[N + i] = y * c + x * s;
-      if (Key::size == 1) along += turned[i] * load<vf>(center + i * W) + turned[N + i] * load<vf>(center + (N + i) * W);
+      const vf low = x * c - y * s, high = y * c + x * s;
+      turned[i] = low, turned[N + i] = high;
+      if (Key::size == 1) along += low * load<vf>(center + i * W) + high * load<vf>(center + (N + i) * W);
     }
 #pragma GCC unroll 4
     for (int b = 0; b < kBlocks; b++) Key::pack(turned + b * kVectors, out + b * stride);
