@@ -65,7 +65,9 @@ class TraceFolder:
         model = str(self._config.model_config.model)
         try:
             made = trace_answer(trace.recorder, self._tokenizer, model, config, trace.prompt, trace.written)
-            save_trace(made, file)
+            growing = file.with_suffix(".part")  # who waits for the file never reads half of it
+            save_trace(made, growing)
+            growing.replace(file)
         except Exception as error:  # the engine serves others
             _log.warning("TokenSelect: the trace of request %s was not kept: %s", name, error)
         else:
