@@ -101,43 +101,37 @@ void weigh(const Group& g, int64_t kv_head, int64_t chunk, const float* logits) 
   }
 }
 
-// Scales of the keys in `n` rows.
-void load_scales(const ScoreArgs& a, int64_t kv_head, const int64_t* rows, int64_t n, float* out) {
-  const float* scales = (const float*)a.key_scales.data + kv_head * a.key_scales.head_stride;
-  if (a.key_scales.row_stride == 1 && a.pages.max_pages == 1)
-    __builtin_memcpy(out, scales + rows[0], n * sizeof(float));
-  else
-    for (int64_t i = 0; i < n; i++) out[i] = scales[rows[i] * a.key_scales.row_stride];
-}
-
 template <class Key>
 void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
   const ScoreArgs& a = g.a;
   const int64_t from = g.begin + chunk * kChunk, to = from + kChunk < g.end ? from + kChunk : g.end;
-  int64_t rows[kChunk + kTilesAhead * W];
-  const int64_t known = g.end - from < kChunk + kTilesAhead * W ? g.end - from : kChunk + kTilesAhead * W;
+  constexpr int64_t kKnown = kChunk + Ahead::kMost * kStretch;
+  int64_t rows[kKnown];
+  const int64_t known = g.end - from < kKnown ? g.end - from : kKnown, bytes = a.head_dim * Key::size;
   rows_of(a.pages, a.sequences[g.first_block], from, from + known, rows);
-  const KeyRows keys{(const char*)a.keys.data + kv_head * a.keys.head_stride * Key::size, a.keys.row_stride * Key::size,
-                     rows, a.pages.max_pages == 1 || a.pages.page_size >= W};
-  float key_scales[kChunk + W];
-  if (Key::size == 1) load_scales(a, kv_head, rows, to - from, key_scales);
-  Queries<Key> queries(g, kv_head);
+  KeyRows keys{};
+  keys.head = (const char*)a.keys.data + kv_head * a.keys.head_stride * Key::size;
+  keys.stride = a.keys.row_stride * Key::size;
+  keys.rows = rows, keys.known = known, keys.page_size = a.pages.max_pages == 1 ? kEndless : a.pages.page_size;
+  keys.near = Ahead::distance(Ahead::kNear, bytes), keys.far = Ahead::distance(Ahead::kFar, bytes);
+  if (Key::size == 1) {
+    keys.scales = (const float*)a.key_scales.data + kv_head * a.key_scales.head_stride;
+    keys.scale_stride = a.key_scales.row_stride;
+  }
+  Queries<Key> queries(g, kv_head, from, to);
   vu* columns = (vu*)scratch(6, queries.blocks * W * sizeof(vu));
   float* logits = (float*)scratch(3, g.head_rows * kStride * sizeof(float));
-  queries.turn(queries.sets[0], from);
+  Runs runs(g, from);
+  queries.turn(queries.sets[0], runs);
   for (int64_t at = from, next, i = 0; at < to; at = next, i++) {
-    next = to;
-    for (int64_t v = 0; v < a.num_views; v++) {
-      const int64_t border = at + g.run_size[v] - (at - g.begin) % g.run_size[v];
-      next = border < next ? border : next;
-    }
+    next = runs.until(g, to);
+    runs.move(g, next);
     const Turned& set = queries.sets[i % 2];
-    if (next < to) queries.turn(queries.sets[(i + 1) % 2], next);
+    if (next < to) queries.turn(queries.sets[(i + 1) % 2], runs);
     // Vectors may reach past the run's end: what follows overwrites that.
     const int64_t place = at - from;
-    const float* scales = Key::size == 1 ? key_scales + place : nullptr;
-    dot_tiles<Key>(keys, place, next - at, known, g.head_rows, a.head_dim, columns,
-                   {set.packed, set.offsets, queries.units, set.shifts, scales, logits + place, kStride});
+    dot_tiles<Key>(keys, place, next - at, g.head_rows, a.head_dim, columns,
+                   {set.packed, set.offsets, queries.units, set.shifts, nullptr, logits + place, kStride});
   }
   weigh<Key>(g, kv_head, chunk, logits);
 }
@@ -209,18 +203,19 @@ void score_group(Group& g) {
   g.weights = scratch(1, g.rows * g.length * (Key::size == 4 ? 4 : 2));
   auto score = [&](int64_t from, int64_t to) {
     // Where heads lie apart, a thread stays with one: memory is read as one stream.
+    const int64_t n = (to - from) * a.num_kv_heads;
     const bool apart = a.keys.head_stride > a.keys.row_stride;
-    for (int64_t i = from; i < to; i++)
-      if (apart) score_chunk<Key>(g, i / g.chunks, i % g.chunks);
-      else score_chunk<Key>(g, i % a.num_kv_heads, i / a.num_kv_heads);
+    for (int64_t i = 0; i < n; i++)
+      if (apart) score_chunk<Key>(g, i / (to - from), from + i % (to - from));
+      else score_chunk<Key>(g, i % a.num_kv_heads, from + i / a.num_kv_heads);
   };
-  parallel_for(g.chunks * a.num_kv_heads, 1, score);
+  parallel_for(g.chunks, 1, score);
   finish_stats(g, factors);
   auto sum = [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++)
       sum_votes<Key>(g, factors, g.first_block + i % g.num_blocks, i / g.num_blocks);
   };
-  parallel_for(g.chunks * g.num_blocks, 4, sum);
+  parallel_for(g.chunks * g.num_blocks, 1, sum);
 }
 
 }  // namespace
@@ -243,7 +238,6 @@ void score_tokens(const ScoreArgs& a) {
     for (int64_t v = 0; v < a.num_views; v++) {
       const int64_t* runs = a.views[v].run_start_loc + first;
       g.run_size[v] = runs[n] - runs[0] == n ? kEndless : a.views[v].run_size;
-      if (a.keys.dtype == DType::i8) g.amplitude[v] = amplitude_of(a, a.views[v], runs[0], runs[n]);
     }
     switch (a.keys.dtype) {
       case DType::f32: score_group<F32>(g); break;

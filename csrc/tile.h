@@ -6,6 +6,7 @@
 // at places that the compiler knows, and no instruction goes into finding them.
 #pragma once
 
+#include "key_rows.h"
 #include "transpose.h"
 
 namespace tokenselect::TS_ISA {
@@ -46,7 +47,8 @@ struct Bf16 : F32 {
   static constexpr int64_t size = 2;
   static constexpr int64_t kLoaded = 2 * W;
   static vf add(vf sum, vu piece, const void* query) {
-    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)piece, (__m512bh)_mm512_set1_epi32(load<int32_t>(query)));
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(piece), "m"(*(const int32_t*)query));
+    return sum;
   }
   TS_INLINE void pack(const vf* query, char* out) {
     store(out, _mm512_cvtne2ps_pbh((__m512)query[1], (__m512)query[0]));
@@ -73,7 +75,8 @@ struct I8 {
   static vu load_pieces(const char* key) { return load<vu>(key) ^ 0x80808080u; }  // unsigned, as products want them
   static void split(vu column, vu* pieces) { *pieces = column; }
   static vi add(vi sum, vu piece, const void* query) {
-    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)piece, _mm512_set1_epi32(load<int32_t>(query)));
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(piece), "m"(*(const int32_t*)query));
+    return sum;
   }
   static vf finish(vi sum, int32_t offset) { return __builtin_convertvector(sum - offset, vf); }
   TS_INLINE void pack(const vf* query, char* out) {
@@ -117,7 +120,7 @@ int64_t blocks_of(int64_t dim) {
 struct Parts {
   int64_t rows, count;
   explicit Parts(int64_t num_rows) : rows(num_rows), count((num_rows + kRowsAtOnce - 1) / kRowsAtOnce) {}
-  int64_t begin(int64_t part) const { return rows * part / count; }
+  int64_t begin(int64_t part) const { return count == 1 ? rows * part : rows * part / count; }
   int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
 };
 
@@ -129,38 +132,17 @@ struct Logits {
   const float* key_scales;        // of the tile, a whole vector, or null
   float* out;                     // [rows, W], stride `ld`
   int64_t ld;
-};
 
-// Where a head's keys lie that stand at consecutive positions.
-struct KeyRows {
-  const char* head;     // the key of row 0
-  int64_t stride;       // bytes from a row to the next
-  const int64_t* rows;  // of the positions
-  bool wide_pages;      // no tile touches more than two
-
-  // The address of tile `i`'s first key if its keys follow each other, else null.
-  const char* together(int64_t i) const {
-    return wide_pages && rows[i + W - 1] - rows[i] == W - 1 ? head + rows[i] * stride : nullptr;
-  }
-
-  // Addresses of a tile's `n` keys, the last one as often as it takes to fill it.
-  void each(int64_t i, int64_t n, const char** keys) const {
-    for (int64_t k = 0; k < W; k++) keys[k] = head + rows[i + (k < n ? k : n - 1)] * stride;
-  }
-};
-
-constexpr int64_t kTilesAhead = 8;  // tiles between asking for keys and reading them
-
-// Keys that are asked for while others are multiplied: a piece with every column. At once they would hold up the loads.
-struct Ahead {
-  const char* at;
-  int64_t step, jump;  // bytes from a piece to the next, and from a block's first piece to that of the next block
-
-  // Where rows follow each other without a gap, memory is asked for in its own order, else key by key.
+  // The same of fewer rows: those from `row` on, whose queries begin a part.
   template <class Key>
-  static Ahead of(const char* key, int64_t stride, int64_t blocks) {
-    constexpr int64_t piece = kKeyBytes<Key>;
-    return stride == blocks * piece ? Ahead{key, piece, W * piece} : Ahead{key, stride, piece};
+  Logits from(int64_t row, int64_t blocks) const {
+    return {queries + row * blocks * kQueryBytes<Key>, offsets + row, units + row, shifts + row, key_scales,
+            out + row * ld, ld};
+  }
+
+  __attribute__((always_inline)) void skip(int64_t tiles) {
+    out += tiles * W;
+    if (key_scales) key_scales += tiles * W;
   }
 };
 
@@ -199,7 +181,7 @@ struct Sums {
   TS_INLINE void add(Sums& s, const vu* columns, const char* queries, Ahead& ahead) {
 #pragma GCC unroll 16
     for (int c = 0; c < W; c++) {
-      __builtin_prefetch(ahead.at + c * ahead.step, 0, 3);
+      ahead.ask(c % Ahead::kOfFar == 0);
       vu pieces[Key::kSplit];
       Key::split(columns[c], pieces);
 #pragma GCC unroll 4
@@ -210,47 +192,56 @@ struct Sums {
           s.sums[r][c % kChains] = Key::add(s.sums[r][c % kChains], pieces[i], piece);
         }
     }
-    ahead.at += ahead.jump;
+    ahead.skip(ahead.next_block);
   }
 
-  TS_INLINE void finish(const Sums& s, const Logits& l, int64_t row) {
+  TS_INLINE void finish(const Sums& s, const Logits& l) {
     const vf scales = l.key_scales ? load<vf>(l.key_scales) : set1(1.0f);
+    float* out = l.out;
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; r++) {
       typename Key::Sum sum = s.sums[r][0];
       for (int c = 1; c < kChains; c++) sum += s.sums[r][c];
-      const vf made = Key::finish(sum, l.offsets[row + r]);
-      store(l.out + (row + r) * l.ld, made * (scales * l.units[row + r]) + l.shifts[row + r]);
+      const vf made = Key::finish(sum, l.offsets[r]);
+      store(out, made * (scales * l.units[r]) + l.shifts[r]);
+      out = hidden(out + l.ld);
     }
   }
 };
 
-// A tile whose keys follow each other, and rows that fit the registers: its columns never leave them.
+// Tiles whose keys follow each other, and rows that fit the registers: columns never leave them. A function of its own,
+// so that addresses do not leave theirs either.
 template <class Key, int Rows>
-TS_INLINE void multiply_keys(const char* key, int64_t stride, int64_t blocks, const Logits& l, int64_t row,
-                             Ahead ahead) {
+__attribute__((noinline)) void multiply_keys(const char* key, int64_t stride, int64_t tiles, int64_t blocks, Logits l,
+                                             Ahead ahead) {
   typedef Sums<Key, Rows> S;
-  S sums;
-  S::clear(sums);
-  const char* queries = l.queries + row * blocks * kQueryBytes<Key>;
-  for (int64_t b = 0; b < blocks; b++, key += kKeyBytes<Key>, queries += Rows * kQueryBytes<Key>) {
-    vu columns[W];
-    load_columns<Key>([&](int k) { return key + k * stride; }, columns);
-    S::add(sums, columns, queries, ahead);
+  constexpr int kApart = 4;  // keys between two addresses that are kept
+  const int64_t from_first[kApart] = {0, stride, 2 * stride, hidden(3 * stride)};
+  for (; tiles > 0; tiles--, key += W * stride, l.skip(1), ahead.skip(ahead.next_tile)) {
+    S sums;
+    S::clear(sums);
+    const char *queries = l.queries, *firsts[W / kApart];
+    for (int i = 0; i < W / kApart; i++) firsts[i] = hidden(key + i * kApart * stride);
+    for (int64_t b = 0; b < blocks; b++, queries += Rows * kQueryBytes<Key>) {
+      vu columns[W];
+      load_columns<Key>([&](int k) { return firsts[k / kApart] + from_first[k % kApart]; }, columns);
+      for (int i = 0; i < W / kApart; i++) firsts[i] += kKeyBytes<Key>;
+      S::add(sums, columns, queries, ahead);
+    }
+    S::finish(sums, l);
   }
-  S::finish(sums, l, row);
 }
 
-// The same with columns that were loaded before, for the rows from `row` on.
+// The same with the columns of one tile, loaded before.
 template <class Key, int Rows>
-TS_INLINE void multiply_columns(const vu* columns, int64_t blocks, const Logits& l, int64_t row, Ahead ahead) {
+__attribute__((noinline)) void multiply_columns(const vu* columns, int64_t blocks, Logits l, Ahead ahead) {
   typedef Sums<Key, Rows> S;
   S sums;
   S::clear(sums);
-  const char* queries = l.queries + row * blocks * kQueryBytes<Key>;
+  const char* queries = l.queries;
   for (int64_t b = 0; b < blocks; b++, columns += W, queries += Rows * kQueryBytes<Key>)
     S::add(sums, columns, queries, ahead);
-  S::finish(sums, l, row);
+  S::finish(sums, l);
 }
 
 // Calls `body` with a number of rows, 1 to kRowsAtOnce, that it can use at compile time.
@@ -279,25 +270,28 @@ void make_columns(const KeyRows& keys, int64_t i, int64_t n, int64_t dim, vu* co
 }
 
 // Logits [rows, n] (stride `ld`, written in whole vectors) of packed queries against `n` keys, the first at place
-// `begin` of those that `keys` knows; what follows up to `known` is asked for. `columns` is room for a tile; `l` is of
-// the first.
+// `begin` of those that `keys` knows; what follows is asked for. `columns` is room for a tile; `l` is of the first.
 template <class Key>
-void dot_tiles(const KeyRows& keys, int64_t begin, int64_t n, int64_t known, int64_t rows, int64_t dim, vu* columns,
-               Logits l) {
-  const int64_t blocks = blocks_of<Key>(dim);
+void dot_tiles(const KeyRows& keys, int64_t begin, int64_t n, int64_t rows, int64_t dim, vu* columns, Logits l) {
+  const int64_t blocks = blocks_of<Key>(dim), stretch = keys.page_size < kStretch ? W : kStretch;
   const Parts parts(rows);
-  for (int64_t i = begin; i < begin + n; i += W, l.out += W) {
-    const int64_t left = begin + n - i, later = i + kTilesAhead * W;
-    const char* next = later + W <= known ? keys.together(later) : nullptr;
-    Ahead ahead = next ? Ahead::of<Key>(next, keys.stride, blocks) : Ahead{(const char*)columns, 0, 0};
-    const char* first = left >= W && dim % Key::kLoaded == 0 ? keys.together(i) : nullptr;
-    if (!first) make_columns<Key>(keys, i, left < W ? left : W, dim, columns);
-    for (int64_t p = 0; p < parts.count; p++, ahead = {(const char*)columns, 0, 0})
+  float scales[kStretch];
+  for (int64_t i = begin, left = n, tiles; left > 0; i += tiles * W, left -= tiles * W, l.skip(tiles)) {
+    const char* first = nullptr;
+    tiles = left < stretch ? left / W : stretch / W;
+    if (tiles > 0 && dim % Key::kLoaded == 0) {
+      first = keys.together(i, tiles * W);
+      if (!first) tiles = 1, first = keys.together(i, W);
+    }
+    if (!first) tiles = 1, make_columns<Key>(keys, i, left < W ? left : W, dim, columns);
+    if (keys.scales) keys.copy_scales(i, left < tiles * W ? left : tiles * W, scales), l.key_scales = scales;
+    Ahead ahead(keys, i, tiles * W, blocks, kKeyBytes<Key>, columns);
+    for (int64_t p = 0; p < parts.count; p++, ahead = Ahead(columns))
       with_rows(parts.size(p), [&]<int Rows>() {
-        if (first) multiply_keys<Key, Rows>(first, keys.stride, blocks, l, parts.begin(p), ahead);
-        else multiply_columns<Key, Rows>(columns, blocks, l, parts.begin(p), ahead);
+        const Logits part = l.from<Key>(parts.begin(p), blocks);
+        if (first) multiply_keys<Key, Rows>(first, keys.stride, tiles, blocks, part, ahead);
+        else multiply_columns<Key, Rows>(columns, blocks, part, ahead);
       });
-    if (l.key_scales) l.key_scales += W;
   }
 }
 

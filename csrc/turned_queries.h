@@ -1,6 +1,7 @@
 // The queries of one chunk of keys: turned by the distance that the keys of a run count as having, and packed.
 #pragma once
 
+#include "score_group.h"
 #include "tile.h"
 
 namespace tokenselect::TS_ISA {
@@ -10,25 +11,6 @@ constexpr float kLog2E = 1.44269504088896341f;
 // Logits are exponents of this base: of 2, where a weight in half precision is all that is kept of them.
 template <class Key>
 constexpr float kUnitsOfLogit = Key::size == 4 ? 1 : kLog2E;
-
-struct Stats {
-  float power;   // of two, in units of which the chunk's exponentials are kept; even
-  float sum;     // of them over the context
-  float chosen;  // the same over the candidates
-};
-
-// Blocks `first_block ..` that share sequence and start of the context: one read of the keys serves them all.
-struct Group {
-  const ScoreArgs& a;
-  int64_t first_block, num_blocks;
-  int64_t begin, end;        // positions of the longest context
-  int64_t rows, head_rows;   // rows in all; rows per KV head: [block][head of the group][view]
-  int64_t chunks, length;    // chunks of keys; weights from a row to the next, not a power of two
-  Stats* stats;              // [rows, chunks]
-  int64_t run_size[kMaxViews];  // keys that share a rotation: all of them where a view has one run
-  float amplitude[kMaxViews];   // of the rotations
-  void* weights;             // [rows, length] exponentials: half precision, or float for float keys
-};
 
 // Square of the longest of `n` pairs (x[i], y[i]).
 float longest_square(const float* x, const float* y, int64_t n) {
@@ -49,9 +31,12 @@ float longest_pair(const float* x, int64_t dim, int64_t half, bool interleaved) 
   return __builtin_sqrtf(most);
 }
 
-// Most that any of the view's rotations makes of the length of a pair; at least 1, for what is not rotated.
-float amplitude_of(const ScoreArgs& a, const View& view, int64_t first_run, int64_t last_run) {
-  const int64_t from = first_run * a.half, n = (last_run - first_run) * a.half;
+// Most that any rotation makes of the length of a pair, of the block's runs from `first` to `last`; at least 1, for what
+// is not rotated.
+float amplitude_of(const Group& g, int64_t v, int64_t block, int64_t first, int64_t last) {
+  const View& view = g.a.views[v];
+  const int64_t from = g.row_of_run(v, block, first) * g.a.half;
+  const int64_t n = (g.row_of_run(v, block, last) + 1) * g.a.half - from;
   const float most = longest_square(view.cos + from, view.sin + from, n);
   return most > 1 ? __builtin_sqrtf(most) : 1;
 }
@@ -82,7 +67,8 @@ struct Queries {
   Place* places;  // [rows]
   Turned sets[2];
 
-  Queries(const Group& group, int64_t head) : g(group), kv_head(head) {
+  // For the keys at positions `from` to `to` - 1.
+  Queries(const Group& group, int64_t head, int64_t from, int64_t to) : g(group), kv_head(head) {
     const ScoreArgs& a = g.a;
     const int64_t rows = g.head_rows;
     heads = a.num_q_heads / a.num_kv_heads, dim = a.head_dim;
@@ -106,35 +92,37 @@ struct Queries {
       for (int64_t row = parts.begin(p); row < parts.begin(p + 1); row++) {
         const int64_t place = parts.begin(p) * blocks + row - parts.begin(p);
         places[row] = {place * kQueryBytes<Key>, parts.size(p) * kQueryBytes<Key>};
-        scale(row);
+      }
+    const Runs first(g, from), last(g, to - 1);
+    for (int64_t n = 0; n < g.num_blocks; n++)
+      for (int64_t v = 0; v < a.num_views; v++) {
+        const float most = Key::kLargest > 0 ? amplitude_of(g, v, n, first.index[v], last.index[v]) : 1;
+        for (int64_t h = 0; h < heads; h++) scale((n * heads + h) * a.num_views + v, n, h, most);
       }
   }
 
-  void scale(int64_t row) {
+  void scale(int64_t row, int64_t block, int64_t head, float amplitude) {
     const ScoreArgs& a = g.a;
-    const int64_t head = row / a.num_views, block = g.first_block + head / heads;
-    const float* query = a.queries + (block * a.num_q_heads + kv_head * heads + head % heads) * dim;
+    const float* query = a.queries + ((g.first_block + block) * a.num_q_heads + kv_head * heads + head) * dim;
     float unit = 1;
     if constexpr (Key::kLargest > 0)
-      unit = longest_pair(query, dim, a.half, a.interleaved) * g.amplitude[row % a.num_views] * (1 / Key::kLargest);
+      unit = longest_pair(query, dim, a.half, a.interleaved) * amplitude * (1 / Key::kLargest);
     if (!(unit > 0)) unit = 1;
     for (int64_t d = 0; d < width; d += W)
       store(scaled + row * width + d, d < dim ? load<vf>(query + d) * (1 / unit) : vf{});
     units[row] = unit * a.scale * kUnitsOfLogit<Key>;
   }
 
-  // Rotates the queries of a set for the runs that position `at` lies in, unless they are already.
-  void turn(Turned& set, int64_t at) {
+  // Rotates the queries of a set for these runs, unless they are already.
+  void turn(Turned& set, const Runs& runs) {
     const ScoreArgs& a = g.a;
     for (int64_t v = 0; v < a.num_views; v++) {
       const View& view = a.views[v];
-      const int64_t mine = (at - g.begin) / g.run_size[v];
+      const int64_t mine = runs.index[v];
       if (set.run[v] == mine) continue;
       set.run[v] = mine;
       for (int64_t n = 0; n < g.num_blocks; n++) {
-        const int64_t first = view.run_start_loc[g.first_block + n];
-        const int64_t last = view.run_start_loc[g.first_block + n + 1] - first - 1;
-        const int64_t pair = (first + (mine < last ? mine : last)) * a.half;
+        const int64_t pair = g.row_of_run(v, n, mine) * a.half;
         turn(set, n * heads * a.num_views + v, view.cos + pair, view.sin + pair);
       }
     }
