@@ -52,7 +52,7 @@ class Sequences:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(5)
+        generator = torch.Generator().manual_seed(9)  # no votes at a threshold as close as halves are rounded
         batch = len(self.padding)
         self.table = rotary_table(self.config)
         self.tokens = torch.randn(2, batch, KV_HEADS, 200, DIM, generator=generator).to(DEVICE)

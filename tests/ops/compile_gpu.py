@@ -28,7 +28,7 @@ from tokenselect.ops.gpu.topk import Maxima, topk_tokens
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64",
+    torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 compiled: dict[str, Any] = {}
 

@@ -157,13 +157,13 @@ class SteadyLayer:
         attend = partial(self._attend, attended, flat, scale, out, **extras)
         if attended.served is None or self.layer.fetches_rows or tables.aside is None:
             self._select(attended, flat, scale)
-            attend()
+            attend(is_settled=True)
         else:  # who is served does not wait for who selects, nor for kernels that find nothing to do
             here = torch.cuda.current_stream(flat.device)
             tables.aside.wait_stream(here)
             with torch.cuda.stream(tables.aside):
                 self._select(attended, flat, scale)
-                attend(served=attended.served)
+                attend(served=attended.served, is_settled=True)
             attend(served=attended.served, if_served=True)
             here.wait_stream(tables.aside)
         return out[:, None]
@@ -196,6 +196,7 @@ class SteadyLayer:
         votes, _ = score_tokens(
             queries, keys, tables.pages, tables.sequences, tables.candidates, tables.distances,
             vote_scale(scale, tables.table, config), None, key_scales, center, spans, attended.served, maxima,
+            is_settled=True,
         )  # fmt: skip
         topk_tokens(
             votes, tables.start_loc, config.num_selected_tokens, capacity,

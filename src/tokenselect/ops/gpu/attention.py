@@ -87,6 +87,7 @@ def attend_steps(
     sink_logits: Tensor | None = None,
     served: Tensor | None = None,
     if_served: bool = False,
+    is_settled: bool = False,
 ) -> None:
     """`sparse_attention` of blocks of one query, where the device alone knows how many slots each attends.
 
@@ -97,10 +98,11 @@ def attend_steps(
         out: [num_queries, num_q_heads, head_dim], contiguous; written to.
         served: [num_blocks] int64, not 0 for blocks that attend only `if_served`; the others do only otherwise.
         if_served: which blocks attend; without `served` all do where it is false.
+        is_settled: the last launch wrote no argument but `keys`, `values` and `slots`.
     """
     rotation, extras = (cos, sin, scale), (interleaved, softcap, sink_logits)
     call = _Call.of(queries, keys, values, slots, *rotation, *extras, out)
-    call.attend_few(1, most_slots, bounds, served, if_served)
+    call.attend_few(1, most_slots, bounds, served, if_served, is_settled and queries.is_contiguous())
 
 
 @functools.lru_cache(maxsize=64)
@@ -170,6 +172,7 @@ class _Call:
         bounds: Tensor,
         served: Tensor | None = None,
         if_served: bool = False,
+        is_settled: bool = False,
     ) -> None:
         """Split the slots of every block over programs, then join what they found."""
         (_, heads, dim), num_kv_heads, device = self.queries.shape, self.keys.shape[1], self.keys.device
@@ -183,8 +186,8 @@ class _Call:
             served, parts, sums, self.scale, self.softcap or 1.0, *self._strides(), splits,
             D=dim, DP=padded, HALF=self.cos.shape[1], GROUP=group, ROWS=rows, BLOCK_N=_FEW_KEYS,
             INTERLEAVED=self.interleaved, HALVES=self._has_halves(), HAS_CAP=bool(self.softcap),
-            PRECISION=precision(self.queries), IF_SERVED=if_served, num_warps=_FEW_WARPS, num_stages=1,
-            **overlap(device),
+            PRECISION=precision(self.queries), IF_SERVED=if_served, SETTLED=is_settled, num_warps=_FEW_WARPS,
+            num_stages=1, **overlap(device),
         )  # fmt: skip
         sinks = sums if self.sink_logits is None else self.sink_logits
         join_splits[count, num_kv_heads, most_queries * group](

@@ -59,15 +59,20 @@ def attend_few(
     scale, softcap, key_stride, key_head_stride, value_stride, value_head_stride, splits,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr, HALVES: tl.constexpr, HAS_CAP: tl.constexpr,
-    PRECISION: tl.constexpr, IF_SERVED: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr, IF_SERVED: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [blocks, num_kv_heads, splits]: all queries of a KV head over a share of the slots, gathered in place.
 
     Row r is query r // GROUP of the block, query head r % GROUP of the KV head. HALVES: a vector is two halves that
     turn together, so that no element is loaded twice. Blocks that are `served` attend IF_SERVED, the others otherwise.
+    SETTLED: the launch before this one wrote nothing of what is read but keys, values and slots.
     """
-    after_predecessor(OVERLAP)
-    if is_served(served, tl.program_id(0)) != IF_SERVED:
+    if not SETTLED:
+        after_predecessor(OVERLAP)
+    is_idle = is_served(served, tl.program_id(0)) != IF_SERVED
+    if is_idle:
+        if SETTLED:
+            after_predecessor(OVERLAP)
         return
     kv, split = tl.program_id(1), tl.program_id(2)
     num_kv = tl.num_programs(1)
@@ -84,6 +89,8 @@ def attend_few(
         q, q_2 = q.to(dtype), q_2.to(dtype)
     else:
         q = load_rotated(rows, cos, sin, at, d, is_row, D, HALF, INTERLEAVED).to(dtype)
+    if SETTLED:
+        after_predecessor(OVERLAP)
 
     share = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     last = tl.minimum(split * share + share, length)

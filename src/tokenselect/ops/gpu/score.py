@@ -14,6 +14,7 @@ from tokenselect.ops.gpu.score_kernels import (
     BY_TILE,
     BY_TOKEN,
     ONCE,
+    PIECE,
     reduce_rows,
     score_tiles,
     sum_votes,
@@ -29,9 +30,9 @@ _WARPS, _STAGES = 4, 3
 _WARPS_FEW_ROWS = 2  # where a product of integers has no more rows than it must
 _MOST_WEIGHTS = 2**29  # exponentials kept at once: 1 GiB
 _LEAST_TILES_EACH, _MOST_TILES_EACH, _PROGRAMS = 4, 32, 1024
-_PROGRAMS_IF_NEEDED = 512  # that may find nothing to do: all fit on the chip at once
+_AT_ONCE, _LONG_STRETCH = 512, 16  # programs that fit on the chip at once, and tiles that each of them may have then
 _TOKEN_ROWS_SUMMED = 8192  # of all KV heads that a program sums at once
-_ONCE, _BY_TILE, _BY_TOKEN = (int(how.value) for how in (ONCE, BY_TILE, BY_TOKEN))
+_ONCE, _BY_TILE, _BY_TOKEN, _PIECE = (int(how.value) for how in (ONCE, BY_TILE, BY_TOKEN, PIECE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +66,13 @@ def score_tokens(
     spans: Spans | None = None,
     served: Tensor | None = None,
     maxima: Maxima | None = None,
+    is_settled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.reference.score_tokens`.
 
     `spans` is given where they, or bounds of them, are known without asking the device; `served`, [num_blocks] int64,
     is not 0 for blocks that need no votes, which must not share reads of the keys. `maxima`, for `topk_tokens`, are
-    written to where there is no `context`.
+    written to where there is no `context`. `is_settled`: the last launch wrote no argument but `keys`.
     """
     candidates = candidates.contiguous()
     context = candidates if context is None else context.contiguous()
@@ -89,6 +91,7 @@ def score_tokens(
         scale,
         served,
         maxima,
+        is_settled and served is None and _are_contiguous(queries, key_center),
     )
     for part in _parts(spans, len(distances) * queries.shape[1]):
         call.score(part, spans, votes)
@@ -176,6 +179,7 @@ class _Call:
     scale: float
     served: Tensor | None
     maxima: Maxima | None
+    is_settled: bool
 
     def score(self, part: _Part, spans: Spans, votes: Tensor) -> None:
         """Fill in the votes of some blocks."""
@@ -184,14 +188,13 @@ class _Call:
         shape = self._rows(part, launches)
         groups = -(-(part.last - part.first) // shape.blocks)
         num_tiles = max(1, -(-max(spans.longest[part.first : part.last]) // block_t))
-        programs = _PROGRAMS if self.served is None else _PROGRAMS_IF_NEEDED
-        wanted = max(_LEAST_TILES_EACH, num_tiles * num_kv_heads * groups // programs)
-        tiles_each = min(_MOST_TILES_EACH, wanted)
+        tiles_each = self._tiles_each(num_tiles * num_kv_heads * groups)
         shares = -(-num_tiles // tiles_each)
         kept = torch.float32 if self.keys.dtype == torch.float32 else torch.float16
         places = (len(launches), groups, num_kv_heads)
         weights = torch.empty((*places, num_tiles * block_t, shape.rows), dtype=kept, device=device)
-        peaks = torch.empty((*places, num_tiles, shape.rows), dtype=torch.float32, device=device)
+        pieces, rounded = block_t // _PIECE, torch.float32 if kept == torch.float32 else torch.int16
+        peaks = torch.empty((*places, num_tiles * pieces, shape.rows), dtype=rounded, device=device)
         stats = torch.empty((*places, shares, shape.rows, 3), dtype=torch.float32, device=device)
         totals = torch.empty((*places, shape.rows, 3), dtype=torch.float32, device=device)
 
@@ -213,11 +216,18 @@ class _Call:
         tiles_summed = max(1, chunk // block_t, room // at_once)
         sum_votes[groups, -(-num_tiles // tiles_summed)](
             weights, peaks, totals, candidates, context, served, spans.start_loc[part.first :], votes, maxima,
-            num_listed, blocks, num_tiles, groups, chunks, CHUNK=chunk, KV=num_kv_heads, KV_PAD=kv_pad,
+            num_listed, blocks, num_tiles * pieces, groups, chunks, CHUNK=chunk, KV=num_kv_heads, KV_PAD=kv_pad,
             KV_AT_ONCE=max(1, min(kv_pad, room // tiles_summed)), GROUP=shape.group, GROUP_PAD=shape.group_pad,
-            BLOCKS=shape.blocks, LAUNCHES=len(launches), ROWS=shape.rows, BLOCK_T=block_t, TILES=tiles_summed,
+            BLOCKS=shape.blocks, LAUNCHES=len(launches), ROWS=shape.rows, PIECES=tiles_summed * pieces,
             num_warps=4, **overlap(device),
         )  # fmt: skip
+
+    def _tiles_each(self, tiles: int) -> int:
+        """Tiles of a program: few enough that all programs run at once, but no long stretch."""
+        at_once = tiles // _AT_ONCE
+        if self.served is None and at_once > _LONG_STRETCH:
+            at_once = tiles // _PROGRAMS
+        return min(_MOST_TILES_EACH, max(_LEAST_TILES_EACH, at_once))
 
     def _launches(self) -> list[tuple[list[Distances], int]]:
         """Views that one launch scores, and how the last of them rotates."""
@@ -263,13 +273,18 @@ class _Call:
             self.queries[own], self.keys, scales, center, pages.pages, on_device(pages.padding, self.keys.device),
             self.sequences[own], self.candidates[own], self.context[own], served,
             *rotations, None if last.alike is None else last.alike[own], weights, peaks, stats,
-            self.scale, own.stop - own.start, peaks.shape[2], tiles_each, pages.page_size, last.run_size,
+            self.scale, own.stop - own.start, weights.shape[2] // block_t, tiles_each, pages.page_size, last.run_size,
             self.keys.stride(0), self.keys.stride(1), scales.stride(0), scales.stride(1), pages.pages.stride(0),
             **sizes, HOW=how, ONE_PAGE=pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
             HAS_CENTER=self.key_center is not None, HAS_CONTEXT=self.context is not self.candidates,
+            SETTLED=self.is_settled,
             num_warps=_WARPS_FEW_ROWS if shape.rows == _LEAST_ROWS and self.key_scales is not None else _WARPS,
             num_stages=1 if exact or how == _BY_TOKEN else 2 if shape.blocks > 1 else _STAGES,
         )  # fmt: skip
+
+
+def _are_contiguous(*given: Tensor | None) -> bool:
+    return all(tensor is None or tensor.is_contiguous() for tensor in given)
 
 
 def _whole(view: Distances) -> Distances:

@@ -25,6 +25,7 @@ from tokenselect.ops.gpu.device_code import (
 ONCE = tl.constexpr(0)
 BY_TILE = tl.constexpr(1)
 BY_TOKEN = tl.constexpr(2)
+PIECE = tl.constexpr(16)  # tokens with a maximum of their own: those of a warp
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -66,6 +67,25 @@ def _queries(
 
 
 @triton.jit
+def _integer_products(k, turned, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr):
+    """Of integer keys and queries of 14 bits, both parts of which are rows of one product."""
+    upper = tl.minimum(tl.maximum(tl.floor(turned * 0.0078125 + 0.5), -127.0), 127.0)
+    lower = tl.floor(turned - upper * 128.0 + 0.5)
+    parts = tl.permute(tl.join(upper.to(tl.int8), lower.to(tl.int8)), [2, 0, 1])
+    products = tl.dot(k, tl.trans(tl.reshape(parts, [2 * ROWS, DP])), out_dtype=tl.int32)
+    upper_product, lower_product = tl.split(tl.permute(tl.reshape(products, [BLOCK_T, 2, ROWS]), [0, 2, 1]))
+    return upper_product * 128 + lower_product
+
+
+@triton.jit
+def _key_scales(scales, offset, scale_stride, page_row, page_size, start, longest, ONE_PAGE: tl.constexpr):
+    """Of the keys of a tile."""
+    is_token = offset < longest
+    slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
+    return tl.load(scales + slot * scale_stride, mask=is_token, other=0.0)
+
+
+@triton.jit
 def score_tiles(
     queries, keys, key_scales, key_center, pages, padding, sequences, candidates, context, served,
     cos_0, sin_0, runs_0, cos_1, sin_1, runs_1, alike,
@@ -75,17 +95,19 @@ def score_tiles(
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, VIEWS: tl.constexpr, HOW: tl.constexpr,
     ONE_PAGE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_CENTER: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_CONTEXT: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_CONTEXT: tl.constexpr, PRECISION: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [groups of BLOCKS blocks that share sequence and start, num_kv_heads, shares of the tiles].
 
     Groups come first in the grid, so those that need the same keys run together and find them in the cache. The rows
     of a product are (view, block, head of the group). With two views the first rotates all keys alike, and HOW is how
-    the second does; with one it is how that one does, which then comes as the second.
+    the second does; with one it is how that one does, which then comes as the second. SETTLED: the launch before this
+    one wrote nothing of what is read but keys, and nobody is served.
     """
-    after_predecessor(OVERLAP)
-    if is_served(served, tl.program_id(0) * BLOCKS):
-        return
+    if not SETTLED:
+        after_predecessor(OVERLAP)
+        if is_served(served, tl.program_id(0) * BLOCKS):
+            return
     ROWS: tl.constexpr = VIEWS * BLOCKS * GROUP_PAD
     first = tl.program_id(0) * BLOCKS
     kv, share = tl.program_id(1), tl.program_id(2)
@@ -103,6 +125,8 @@ def score_tiles(
     first_tile = share * tiles_each
     last_tile = tl.minimum(first_tile + tiles_each, tl.cdiv(longest, BLOCK_T))
     if first_tile >= last_tile:
+        if SETTLED:
+            after_predecessor(OVERLAP)
         return
 
     q, p = _queries(queries, block, head, num_kv * GROUP, scale * LOG2E, d, D, HALF, INTERLEAVED)
@@ -133,34 +157,44 @@ def score_tiles(
         shift = tl.sum(turned * center[None, :], axis=1) * unit
     own_place = (tl.program_id(0) * num_kv + kv).to(tl.int64)
     own_weights = weights + own_place * num_tiles * BLOCK_T * ROWS + r[None, :]
-    own_peaks = peaks + own_place * num_tiles * ROWS + r
+    own_peaks = peaks + own_place * num_tiles * (BLOCK_T // PIECE) * ROWS + r[None, :]
     page_row = pages + sequence * page_stride
     start = first_slot(page_row, page_size, tl.load(padding + sequence), begin, ONE_PAGE)
     head_keys = keys + kv.to(tl.int64) * key_head_stride
     head_scales = key_scales + kv.to(tl.int64) * scale_head_stride
     n = tl.arange(0, BLOCK_T)
-    most = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_T, ROWS], tl.float32)  # summed over the tokens at the end
-    chosen = tl.zeros([BLOCK_T, ROWS], tl.float32)
+    PIECES: tl.constexpr = BLOCK_T // PIECE
+    most = tl.full([PIECES, ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([PIECES, PIECE, ROWS], tl.float32)  # summed over the tokens at the end
+    chosen = tl.zeros([PIECES, PIECE, ROWS], tl.float32)
 
     # First the tiles that rotate alike, then those that each rotate on their own.
     alike_end = first_tile
     if HOW == BY_TILE and alike is not None:
         same_runs = tl.min(tl.load(alike + block), axis=0).to(tl.int32)
         alike_end = tl.minimum(tl.maximum(same_runs * run_size // BLOCK_T, first_tile), last_tile)
+    if SETTLED:
+        after_predecessor(OVERLAP)
     for PART in tl.static_range(0 if HOW == BY_TILE else 1, 2):
-        for tile in range(first_tile if PART == 0 else alike_end, alike_end if PART == 0 else last_tile):
+        part_begin, part_end = (first_tile, alike_end) if PART == 0 else (alike_end, last_tile)
+        if HAS_SCALES:  # asked for one tile ahead
+            ahead = part_begin * BLOCK_T + n
+            factors = _key_scales(head_scales, ahead, scale_stride, page_row, page_size, start, longest, ONE_PAGE)
+        for tile in range(part_begin, part_end):
             offset = tile * BLOCK_T + n
             is_token = offset < longest
             is_key = is_token[:, None] & (d < D)[None, :] if D < DP else is_token[:, None]
             if ONE_PAGE:
                 base = start + tile * BLOCK_T
-                k = tl.load(
-                    head_keys + base * key_stride + n[:, None] * key_stride + d[None, :], mask=is_key, other=0.0
-                )
+                own_keys = head_keys + base * key_stride + n[:, None] * key_stride + d[None, :]
+                k = tl.load(own_keys, mask=is_key, other=0.0, eviction_policy="evict_first")
             else:
                 slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
-                k = tl.load((head_keys + slot * key_stride)[:, None] + d[None, :], mask=is_key, other=0.0)
+                own_keys = (head_keys + slot * key_stride)[:, None] + d[None, :]
+                k = tl.load(own_keys, mask=is_key, other=0.0, eviction_policy="evict_first")
+            if HAS_SCALES:
+                own_factors, ahead = factors, offset + BLOCK_T
+                factors = _key_scales(head_scales, ahead, scale_stride, page_row, page_size, start, longest, ONE_PAGE)
             own_turned, own_shift = turned, shift
             if HOW == BY_TILE and PART == 1:
                 run = run_begin + tl.minimum(tile * BLOCK_T // run_size, last_run)
@@ -177,16 +211,11 @@ def score_tiles(
                     k, head_keys + slot * key_stride, cos_1, sin_1, tl.max(run, axis=0), d, is_token, HALF, INTERLEAVED
                 )
             if AS_INTEGERS:
-                upper = tl.minimum(tl.maximum(tl.floor(own_turned * 0.0078125 + 0.5), -127.0), 127.0)
-                lower = tl.floor(own_turned - upper * 128.0 + 0.5)
-                products = tl.dot(k, tl.trans(upper.to(tl.int8)), out_dtype=tl.int32) * 128
-                products += tl.dot(k, tl.trans(lower.to(tl.int8)), out_dtype=tl.int32)
-                logits = products.to(tl.float32) * unit[None, :]
+                logits = _integer_products(k, own_turned, BLOCK_T, ROWS, DP).to(tl.float32) * unit[None, :]
             else:
                 logits = tl.dot(k.to(dtype), tl.trans(own_turned.to(dtype)), input_precision=PRECISION)
             if HAS_SCALES:
-                slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
-                logits *= tl.load(head_scales + slot * scale_stride, mask=is_token, other=0.0)[:, None]
+                logits *= own_factors[:, None]
             if HAS_CENTER and HOW == BY_TOKEN:
                 same_rows = center_row + tl.zeros([BLOCK_T], tl.int32)
                 wide = center[None, :] + tl.zeros([BLOCK_T, DP], tl.float32)
@@ -195,26 +224,38 @@ def score_tiles(
             elif HAS_CENTER:
                 logits += own_shift[None, :]
 
-            # Powers under the tile's own maximum: no tile waits for another.
+            # Powers under the piece's maximum: no warp waits for another.
             logits = tl.where(offset[:, None] < end[None, :], logits, float("-inf"))
-            peak = tl.max(logits, axis=0)
-            peak = tl.where(peak == float("-inf"), -1e30, peak)
-            e = tl.exp2(logits - peak[None, :])
-            tl.store(own_weights + offset[:, None] * ROWS, e.to(weights.dtype.element_ty))
-            tl.store(own_peaks + tile * ROWS, peak)
+            logits = tl.reshape(logits, [PIECES, PIECE, ROWS])
+            peak = tl.max(logits, axis=1)
+            if peaks.dtype.element_ty == tl.int16:  # the whole number next to it, which the bits of the sum end with
+                peak = tl.minimum(tl.maximum(peak, -32768.0), 32767.0) + 12582912.0
+                kept_peak = peak.to(tl.int32, bitcast=True).to(tl.int16)
+                peak -= 12582912.0
+            else:
+                peak = tl.maximum(peak, -1e30)
+                kept_peak = peak
+            e = tl.exp2(tl.minimum(logits - peak[:, None, :], 1.0))
+            kept = tl.reshape(e, [BLOCK_T, ROWS]).to(weights.dtype.element_ty)
+            # The L2 cache is to keep them for `sum_votes`, and not the keys.
+            tl.store(own_weights + offset[:, None] * ROWS, kept, eviction_policy="evict_last")
+            tl.store(own_peaks + tile * PIECES * ROWS + tl.arange(0, PIECES)[:, None] * ROWS, kept_peak)
             highest = tl.maximum(most, peak)
             old, new = tl.exp2(most - highest), tl.exp2(peak - highest)
-            total = total * old[None, :] + e * new[None, :]
+            total = total * old[:, None, :] + e * new[:, None, :]
             if HAS_CONTEXT:
                 is_candidate = (offset[:, None] >= low[None, :]) & (offset[:, None] < high[None, :])
-                chosen = chosen * old[None, :] + tl.where(is_candidate, e, 0.0) * new[None, :]
+                is_candidate = tl.reshape(is_candidate, [PIECES, PIECE, ROWS])
+                chosen = chosen * old[:, None, :] + tl.where(is_candidate, e, 0.0) * new[:, None, :]
             most = highest
 
     place = stats + ((own_place * tl.num_programs(2) + share) * ROWS + r) * 3
-    all_of_it = tl.sum(total, axis=0)
-    tl.store(place, most)
+    highest = tl.max(most, axis=0)
+    lift = tl.exp2(most - highest[None, :])
+    all_of_it = tl.sum(tl.sum(total, axis=1) * lift, axis=0)
+    tl.store(place, highest)
     tl.store(place + 1, all_of_it)
-    tl.store(place + 2, tl.sum(chosen, axis=0) if HAS_CONTEXT else all_of_it)
+    tl.store(place + 2, tl.sum(tl.sum(chosen, axis=1) * lift, axis=0) if HAS_CONTEXT else all_of_it)
 
 
 @triton.jit
@@ -278,17 +319,17 @@ def _view_sums(totals, KV: tl.constexpr, KV_PAD: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def _powers(
-    weights, peaks, place, first, first_tile, num_tiles, KV: tl.constexpr, KV_AT_ONCE: tl.constexpr,
-    TILES: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr,
+    weights, peaks, place, first, first_piece, num_pieces, KV: tl.constexpr, KV_AT_ONCE: tl.constexpr,
+    PIECES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """What `score_tiles` left of some KV heads [KV_AT_ONCE, TILES, BLOCK_T, ROWS], and the tiles' maxima."""
+    """What `score_tiles` left of some KV heads [KV_AT_ONCE, PIECES, PIECE, ROWS], and the pieces' maxima."""
     r = tl.arange(0, ROWS)
     kv = first + tl.arange(0, KV_AT_ONCE)
-    tile = first_tile + tl.arange(0, TILES)
-    inside = (kv < KV)[:, None] & (tile < num_tiles)[None, :]
-    own = (place + kv)[:, None] * num_tiles + tile[None, :]
-    peak = tl.load(peaks + own[:, :, None] * ROWS + r, mask=inside[:, :, None], other=float("-inf"))
-    token = own[:, :, None] * BLOCK_T + tl.arange(0, BLOCK_T)
+    piece = first_piece + tl.arange(0, PIECES)
+    inside = (kv < KV)[:, None] & (piece < num_pieces)[None, :]
+    own = (place + kv)[:, None] * num_pieces + piece[None, :]
+    peak = tl.load(peaks + own[:, :, None] * ROWS + r, mask=inside[:, :, None], other=-32768).to(tl.float32)
+    token = own[:, :, None] * PIECE + tl.arange(0, PIECE)
     kept = tl.load(weights + token[:, :, :, None] * ROWS + r, mask=inside[:, :, None, None], other=0.0)
     return kept, peak
 
@@ -296,33 +337,33 @@ def _powers(
 @triton.jit
 def sum_votes(
     weights, peaks, totals, candidates, context, served, start_loc, votes, maxima, num_listed,
-    num_blocks, num_tiles, num_groups, num_chunks,
+    num_blocks, num_pieces, num_groups, num_chunks,
     CHUNK: tl.constexpr, KV: tl.constexpr, KV_PAD: tl.constexpr, KV_AT_ONCE: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr, BLOCKS: tl.constexpr, LAUNCHES: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
-    TILES: tl.constexpr, OVERLAP: tl.constexpr,
+    GROUP_PAD: tl.constexpr, BLOCKS: tl.constexpr, LAUNCHES: tl.constexpr, ROWS: tl.constexpr,
+    PIECES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid [groups, pieces of TILES tiles]: add the normalised weights of all heads and views, some KV heads at once.
+    """Grid [groups, shares of PIECES pieces]: add the normalised weights of all heads and views, some KV heads at once.
 
     Where `maxima` of chunks of CHUNK votes are wanted (see `topk.Maxima`), a context has candidates only. Only totals
     are new: what `score_tiles` left was complete before the kernel in between began, so it is asked for at once.
     """
-    group, first_tile = tl.program_id(0), tl.program_id(1) * TILES
+    group, first_piece = tl.program_id(0), (tl.num_programs(1) - 1 - tl.program_id(1)) * PIECES
     if is_served(served, group * BLOCKS):
         after_predecessor(OVERLAP)
         return
     first_place = (group * KV).to(tl.int64)
-    kept, peak = _powers(weights, peaks, first_place, 0, first_tile, num_tiles, KV, KV_AT_ONCE, TILES, BLOCK_T, ROWS)
+    kept, peak = _powers(weights, peaks, first_place, 0, first_piece, num_pieces, KV, KV_AT_ONCE, PIECES, ROWS)
     after_predecessor(OVERLAP)
     r = tl.arange(0, ROWS)
     kv = tl.arange(0, KV_AT_ONCE)
-    out = tl.zeros([KV_AT_ONCE, TILES, BLOCK_T, ROWS], tl.float32)  # summed over heads at the end
+    out = tl.zeros([KV_AT_ONCE, PIECES, PIECE, ROWS], tl.float32)  # summed over heads at the end
     for launch in tl.static_range(LAUNCHES):
         own_place = ((launch * num_groups + group) * KV).to(tl.int64)
         sums = _view_sums(totals + own_place * ROWS * 3, KV, KV_PAD, ROWS, GROUP, GROUP_PAD)
         for first in tl.static_range(0, KV, KV_AT_ONCE):
             if launch + first > 0:
                 kept, peak = _powers(
-                    weights, peaks, own_place, first, first_tile, num_tiles, KV, KV_AT_ONCE, TILES, BLOCK_T, ROWS
+                    weights, peaks, own_place, first, first_piece, num_pieces, KV, KV_AT_ONCE, PIECES, ROWS
                 )
             is_head = (first + kv < KV)[:, None]
             own_totals = totals + ((own_place + first + kv)[:, None] * ROWS + r[None, :]) * 3
@@ -330,8 +371,8 @@ def sum_votes(
             highest = tl.load(own_totals, mask=is_head, other=0.0)
             factor = tl.exp2(peak - highest[:, None, :]) * unit[:, None, :]
             out += kept.to(tl.float32) * factor[:, :, None, :]
-    tile = first_tile + tl.arange(0, TILES)
-    offset = tile[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+    piece = first_piece + tl.arange(0, PIECES)
+    offset = piece[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
     for n in tl.static_range(BLOCKS):
         block = group * BLOCKS + n
         if block < num_blocks:
@@ -345,8 +386,8 @@ def sum_votes(
             tl.store(place, own_votes, mask=is_vote)
             if maxima is not None:
                 bits = tl.where(is_vote, own_votes.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
-                chunk = first_tile * BLOCK_T // CHUNK + tl.arange(0, TILES * BLOCK_T // CHUNK)
-                most = tl.max(tl.reshape(bits, [TILES * BLOCK_T // CHUNK, CHUNK]), axis=1)
+                chunk = first_piece * PIECE // CHUNK + tl.arange(0, PIECES * PIECE // CHUNK)
+                most = tl.max(tl.reshape(bits, [PIECES * PIECE // CHUNK, CHUNK]), axis=1)
                 tl.store(maxima + block.to(tl.int64) * num_chunks + chunk, most, mask=chunk < num_chunks)
-                if first_tile == 0:
+                if first_piece == 0:
                     tl.store(num_listed + block, 0)
