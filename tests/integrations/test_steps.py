@@ -6,12 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from small import NARROW, SIZES, build
 from test_generate import CONFIGS, LOGITS, generate, prompt
 from transformers import DynamicCache, GemmaConfig, LlamaConfig, MixtralConfig, PreTrainedModel, Qwen3Config
+from transformers.models.llama import modeling_llama
 
 from tokenselect.config import TokenSelectConfig
 from tokenselect.integrations.steps import Steps, quicken_norms
@@ -147,6 +149,28 @@ def test_work_that_depends_on_values_is_not_recorded(mixtral: PreTrainedModel, m
     traced, _ = steps_of(mixtral, NARROW, count=12)
     untraced(monkeypatch)
     torch.testing.assert_close(traced, steps_of(mixtral, NARROW, count=12)[0], atol=LOGITS, rtol=0)
+
+
+@torch.no_grad()
+def test_queries_are_not_rotated_by_nothing_and_other_models_as_ever(llama: PreTrainedModel) -> None:
+    other, ids = build(LlamaConfig(**SIZES)), prompt(20)
+    before, expected = modeling_llama.apply_rotary_pos_emb, other(ids).logits
+    ones: list[bool] = []
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        ones.append(bool((cos == 1).all()))
+        return before(q, k, cos, sin)
+
+    with patch.object(modeling_llama, "apply_rotary_pos_emb", rotate):
+        with TokenSelect(llama, NARROW), TokenSelect(other, NARROW):
+            ones.clear()  # it was tried out
+            llama(prompt(20))
+            assert not ones
+        with TokenSelect(llama, NARROW):
+            ones.clear()
+            torch.testing.assert_close(other(ids).logits, expected, atol=0, rtol=0)
+            assert ones == [False] * other.config.num_hidden_layers
+        assert modeling_llama.apply_rotary_pos_emb is rotate
 
 
 def test_hooks_inside_a_layer_still_run(llama: PreTrainedModel) -> None:

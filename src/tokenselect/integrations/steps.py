@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from threading import Lock
@@ -306,6 +307,37 @@ def _linear(linear: Callable[..., Tensor], module: nn.Linear, original: Callable
     if few and not wants_gradient and not torch.is_autocast_enabled(x.device.type):
         return linear(x, module.weight, module.bias)
     return original(x)
+
+
+def leave_out_rotations(stack: ExitStack, modules: Iterable[nn.Module], identity: tuple[Tensor, Tensor]) -> None:
+    """Let the host's function that rotates queries and keys do nothing where it is given the `identity`.
+
+    What it would do is ten launches a layer. It belongs to all models of a kind, so others pass through it as ever.
+    """
+    for source in {sys.modules[type(module).__module__] for module in modules}:
+        rotate: Any = source.__dict__.get("apply_rotary_pos_emb")
+        if callable(rotate) and _rotates_nothing(rotate, identity):
+            holder: Any = source
+            override(stack, holder, "apply_rotary_pos_emb", functools.partial(_rotate, identity[0]))
+
+
+@torch.no_grad()
+def _rotates_nothing(rotate: Callable[..., Any], identity: tuple[Tensor, Tensor]) -> bool:
+    """Whether it leaves both as they are, shapes included, found out by what it does to random vectors."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 1, identity[0].shape[-1], generator=generator).to(identity[0])
+    try:
+        turned = rotate(q, k, *identity)
+    except Exception as error:  # it may take other arguments
+        _log.info("a rotation by nothing is not left out: %s", error)
+        return False
+    return isinstance(turned, tuple) and len(turned) == 2 and torch.equal(turned[0], q) and torch.equal(turned[1], k)
+
+
+def _rotate(ones: Tensor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if len(args) > 2 and args[2] is ones:
+        return args[0], args[1]
+    return original(*args, **kwargs)
 
 
 def quicken_norms(stack: ExitStack, model: nn.Module, ops: Any) -> None:

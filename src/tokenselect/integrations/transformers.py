@@ -32,7 +32,7 @@ from tokenselect.integrations.host import Host, check_offload, inspect_model, le
 from tokenselect.integrations.passes import plan_pass
 from tokenselect.integrations.room import with_room
 from tokenselect.integrations.steady import SteadySteps
-from tokenselect.integrations.steps import Steps, quicken_linears, quicken_norms
+from tokenselect.integrations.steps import Steps, leave_out_rotations, quicken_linears, quicken_norms
 from tokenselect.integrations.undo import override, put_back
 from tokenselect.offload import make_layer
 from tokenselect.ops import find_backend
@@ -106,6 +106,7 @@ class TokenSelect:
                 override(stack, layer, "forward", functools.partial(self._layer, index, layer))
             quicken_linears(stack, self.model, self.ops)
             quicken_norms(stack, self.model, self.ops)
+            leave_out_rotations(stack, self.host.attention.values(), self._identity)
             override(stack, self.host.decoder, "forward", self._forward)
             if hasattr(self.model, "generate"):
                 override(stack, self.model, "generate", self._generate)
