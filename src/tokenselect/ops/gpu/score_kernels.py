@@ -278,8 +278,9 @@ def reduce_rows(
     r = tl.program_id(2)
     block = tl.minimum(tl.program_id(0) * BLOCKS + r // GROUP_PAD % BLOCKS, num_blocks - 1)
     length = (tl.load(context + 2 * block + 1) - tl.load(context + 2 * block)).to(tl.int32)
-    after_predecessor(OVERLAP)  # which read the context too
-    if is_served(served, tl.program_id(0) * BLOCKS):
+    is_idle = is_served(served, tl.program_id(0) * BLOCKS)
+    after_predecessor(OVERLAP)  # which read that too
+    if is_idle:
         return
     shares = tl.cdiv(length, share_size)
     own_place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)

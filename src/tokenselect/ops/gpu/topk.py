@@ -121,9 +121,10 @@ def list_votes(
 ):  # fmt: skip
     """Grid [num_blocks, slices]: list, in any order, the votes that reach about the k-th largest maximum."""
     start, count = _block(start_loc)
-    after_predecessor(OVERLAP)  # which read it too
     block, edge = tl.program_id(0), tl.program_id(1) * SLICE
-    if is_served(served, block) | (edge >= count):
+    is_idle = is_served(served, block) | (edge >= count)
+    after_predecessor(OVERLAP)  # which read that too
+    if is_idle:
         return
     maxima += block.to(tl.int64) * num_chunks
     lane = tl.arange(0, AT_HAND)
