@@ -23,6 +23,7 @@ from tokenselect.cache import RawKeyLayer
 from tokenselect.config import TokenSelectConfig
 from tokenselect.integrations.transformers import TokenSelect, disable, enable
 from tokenselect.selection import SelectionState
+from tokenselect.trace.recorder import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,6 +77,19 @@ def generate(model: PreTrainedModel, ids: Tensor, steps: int = 12, **kwargs: Any
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
     return model(ids, **kwargs).logits
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_who_records_changes_nothing(model: PreTrainedModel, batch: int) -> None:
+    """Selections that nobody asks for go straight into rows of the cache."""
+    found = []
+    for recorder in (None, Recorder(trained_window=256)):
+        with TokenSelect(model, NARROW, recorder=recorder):
+            if recorder is not None:
+                recorder.begin(0)
+            found.append((logits(model, prompt(180, batch)), generate(model, prompt(180, batch))))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def left_padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:

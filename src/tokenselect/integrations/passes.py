@@ -56,6 +56,7 @@ class Pass:
     select: Select = select_tokens
     recorder: Recorder | None = None
     _whole: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by page size: layers share it
+    _holes: dict[int, tuple[Tensor, Tensor, Tensor, list[int]]] = field(default_factory=dict)  # the same
 
     def end(self) -> None:
         """Called when the pass is over: it holds nothing."""
@@ -119,9 +120,8 @@ class Pass:
 
     def _is_plain(self) -> bool:
         """Whether all blocks select anew and nobody asks for their positions, so that one launch writes their rows."""
-        has_launch = hasattr(self.ops, "attended_slots") and self.config.num_selected_tokens > 0
         is_alone = self.select is select_tokens and self.recorder is None and not self.config.reuse
-        return has_launch and is_alone and len(self.selecting) == len(self.blocks)
+        return is_alone and self.config.num_selected_tokens > 0 and len(self.selecting) == len(self.blocks)
 
     def _chosen_slots(
         self, layer: RawKeyLayer, queries: Tensor, keys: Tensor, copy: list[Tensor | None], scale: float
@@ -130,13 +130,35 @@ class Pass:
         config, pages = self.config, layer.page_table(self.padding)
         assert self.plan is not None
         chosen = choose_tokens(queries, keys, pages, self.plan, config, self.ops, scale, copy[0], copy[1])
-        sinks, windows = config.num_sink_tokens, [candidates_end(block, config) for block in self.blocks]
-        sequences, ends = [block.sequence for block in self.blocks], [block.end for block in self.blocks]
-        write: Any = self.ops.attended_slots  # type: ignore[attr-defined]
-        slots, bounds = write(chosen - sinks, pages, sequences, windows, ends, sinks)
+        if hasattr(self.ops, "attended_slots"):
+            sinks, windows = config.num_sink_tokens, [candidates_end(block, config) for block in self.blocks]
+            sequences, ends = [block.sequence for block in self.blocks], [block.end for block in self.blocks]
+            slots, bounds = self.ops.attended_slots(chosen - sinks, pages, sequences, windows, ends, sinks)
+            start_loc = torch.tensor(bounds)
+        else:
+            slots, places, start_loc, bounds = self._with_holes(pages)
+            self.ops.fill_slots(chosen, self.plan.sequences, pages, places, slots)
         for block, first, last in zip(self.blocks, bounds, bounds[1:], strict=False):
             layer.states[block.sequence].count(block.end - block.start, last - first, block.end)
-        return slots, torch.tensor(bounds)
+        return slots, start_loc
+
+    def _with_holes(self, pages: PageTable) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """What all layers attend, with holes for what each chooses: layers write into the same one after the other.
+
+        Returns:
+            The rows; where each block's hole begins; where its rows begin, as a tensor and as a list.
+        """
+        if pages.page_size not in self._holes:
+            sinks, k = self.config.num_sink_tokens, self.config.num_selected_tokens
+            ranges: list[tuple[int, int, int]] = []
+            bounds = [0]
+            for block in self.blocks:
+                window = candidates_end(block, self.config)
+                ranges += (block.sequence, 0, sinks), (-1, 0, k), (block.sequence, window, block.end)
+                bounds.append(bounds[-1] + sinks + k + block.end - window)
+            rows, start_loc = self.ops.range_slots(ranges, pages), torch.tensor(bounds)
+            self._holes[pages.page_size] = rows, start_loc[:-1] + sinks, start_loc, bounds
+        return self._holes[pages.page_size]
 
     def _rows_of(self, pages: PageTable, selected: dict[int, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         rows = [
