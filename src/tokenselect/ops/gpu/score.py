@@ -219,7 +219,7 @@ class _Call:
             num_listed, blocks, num_tiles * pieces, groups, chunks, CHUNK=chunk, KV=num_kv_heads, KV_PAD=kv_pad,
             KV_AT_ONCE=max(1, min(kv_pad, room // tiles_summed)), GROUP=shape.group, GROUP_PAD=shape.group_pad,
             BLOCKS=shape.blocks, LAUNCHES=len(launches), ROWS=shape.rows, PIECES=tiles_summed * pieces,
-            num_warps=4, **overlap(device),
+            num_warps=8 if self.served is not None and kv_pad > 4 else 4, **overlap(device),  # 4 had to spill
         )  # fmt: skip
 
     def _tiles_each(self, tiles: int) -> int:

@@ -71,6 +71,9 @@ def _integer_products(k, turned, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, DP: 
     """Of integer keys and queries of 14 bits, both parts of which are rows of one product."""
     upper = tl.minimum(tl.maximum(tl.floor(turned * 0.0078125 + 0.5), -127.0), 127.0)
     lower = tl.floor(turned - upper * 128.0 + 0.5)
+    if ROWS == 8:  # two products of the least size
+        upper_product = tl.dot(k, tl.trans(upper.to(tl.int8)), out_dtype=tl.int32)
+        return upper_product * 128 + tl.dot(k, tl.trans(lower.to(tl.int8)), out_dtype=tl.int32)
     parts = tl.permute(tl.join(upper.to(tl.int8), lower.to(tl.int8)), [2, 0, 1])
     products = tl.dot(k, tl.trans(tl.reshape(parts, [2 * ROWS, DP])), out_dtype=tl.int32)
     upper_product, lower_product = tl.split(tl.permute(tl.reshape(products, [BLOCK_T, 2, ROWS]), [0, 2, 1]))
