@@ -15,9 +15,10 @@ TS_INLINE T hidden(T x) {
   return x;
 }
 
-// The keys of a head that stand at consecutive positions.
+// The keys of a head that stand at consecutive positions, one of `heads` that are read together and follow each other.
 struct KeyRows {
-  const char* head;      // the key of row 0
+  int64_t head, heads;
+  const char* key;       // of row 0
   int64_t stride;        // bytes from a row to the next
   const int64_t* rows;   // of the positions
   int64_t known;         // positions whose rows are known
@@ -30,12 +31,12 @@ struct KeyRows {
 
   // The address of key `i` if `n` keys from there on follow each other, else null.
   const char* together(int64_t i, int64_t n) const {
-    return i + n <= known && follow(i, n) ? head + rows[i] * stride : nullptr;
+    return i + n <= known && follow(i, n) ? key + rows[i] * stride : nullptr;
   }
 
   // Addresses of a tile's `n` keys, the last one as often as it takes to fill it.
   void each(int64_t i, int64_t n, const char** keys) const {
-    for (int64_t k = 0; k < W; k++) keys[k] = head + rows[i + (k < n ? k : n - 1)] * stride;
+    for (int64_t k = 0; k < W; k++) keys[k] = key + rows[i + (k < n ? k : n - 1)] * stride;
   }
 
   // Scales of `n` keys, one after the other.
@@ -73,12 +74,15 @@ struct Ahead {
     const char *soon = keys.together(i + keys.near, n), *late = keys.together(i + keys.far, n);
     if (!soon) return;
     near = soon, far = late ? late : soon;
-    // Where rows follow each other without a gap, memory is asked for in its own order, else key by key.
-    const bool dense = keys.stride == blocks * piece;
-    step = dense ? piece : keys.stride;
-    next_block = dense ? 0 : piece - W * step;
-    next_tile = W * keys.stride - blocks * (W * step + next_block);
-    if (!keys.scales) return;
+    if (keys.stride == keys.heads * blocks * piece) {
+      // Nothing lies between what is read: memory is asked for in its own order, by each head a part.
+      const int64_t part = keys.head * (n - 1) * blocks * piece;
+      step = piece, next_block = next_tile = 0, near += part, far += part;
+    } else {
+      step = keys.stride, next_block = piece - W * step;
+      next_tile = W * keys.stride - blocks * (W * step + next_block);
+    }
+    if (!keys.scales || keys.head > 0) return;
     const char* scales = (const char*)(keys.scales + keys.rows[i + keys.near] * keys.scale_stride);
     for (int64_t at = 0; at < n * keys.scale_stride * 4; at += 64) __builtin_prefetch(scales + at, 0, 3);
   }

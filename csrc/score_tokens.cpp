@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kChunk = 1024;                  // keys whose logits are made at once
 constexpr int64_t kStride = kChunk + W;           // from a row's logits to the next: caches place powers of two badly
 constexpr int64_t kBlocksAtOnce = 16;             // blocks that share a read of the keys
+constexpr int64_t kMostLogits = int64_t(1) << 17;     // of a chunk, where heads are read together
 constexpr int64_t kMostWeights = int64_t(32) << 20;  // bytes of exponentials kept between the passes
 constexpr int64_t kEndless = int64_t(1) << 60;
 constexpr float kNone = -3.4e38f;
@@ -101,39 +102,46 @@ void weigh(const Group& g, int64_t kv_head, int64_t chunk, const float* logits) 
   }
 }
 
+// Scores one chunk of the keys of `num_heads` KV heads from `first_head` on, which are read together.
 template <class Key>
-void score_chunk(const Group& g, int64_t kv_head, int64_t chunk) {
+void score_chunk(const Group& g, int64_t chunk, int64_t first_head, int64_t num_heads) {
   const ScoreArgs& a = g.a;
   const int64_t from = g.begin + chunk * kChunk, to = from + kChunk < g.end ? from + kChunk : g.end;
   constexpr int64_t kKnown = kChunk + Ahead::kMost * kStretch;
   int64_t rows[kKnown];
-  const int64_t known = g.end - from < kKnown ? g.end - from : kKnown, bytes = a.head_dim * Key::size;
+  const int64_t known = g.end - from < kKnown ? g.end - from : kKnown, bytes = num_heads * a.head_dim * Key::size;
   rows_of(a.pages, a.sequences[g.first_block], from, from + known, rows);
-  KeyRows keys{};
-  keys.head = (const char*)a.keys.data + kv_head * a.keys.head_stride * Key::size;
-  keys.stride = a.keys.row_stride * Key::size;
+  KeyRows keys{0, num_heads};
+  keys.stride = a.keys.row_stride * Key::size, keys.scale_stride = a.key_scales.row_stride;
   keys.rows = rows, keys.known = known, keys.page_size = a.pages.max_pages == 1 ? kEndless : a.pages.page_size;
   keys.near = Ahead::distance(Ahead::kNear, bytes), keys.far = Ahead::distance(Ahead::kFar, bytes);
-  if (Key::size == 1) {
-    keys.scales = (const float*)a.key_scales.data + kv_head * a.key_scales.head_stride;
-    keys.scale_stride = a.key_scales.row_stride;
-  }
-  Queries<Key> queries(g, kv_head, from, to);
-  vu* columns = (vu*)scratch(6, queries.blocks * W * sizeof(vu));
-  float* logits = (float*)scratch(3, g.head_rows * kStride * sizeof(float));
+
+  const int64_t room = Queries<Key>::room(g) / sizeof(vf) * sizeof(vf), size = g.head_rows * kStride;
+  char* memory = (char*)scratch(2, num_heads * room);
+  auto* queries = (Queries<Key>*)scratch(5, num_heads * sizeof(Queries<Key>));
+  for (int64_t h = 0; h < num_heads; h++) new (queries + h) Queries<Key>(g, first_head + h, from, to, memory + h * room);
+  vu* columns = (vu*)scratch(6, blocks_of<Key>(a.head_dim) * W * sizeof(vu));
+  float* logits = (float*)scratch(3, num_heads * size * sizeof(float));
   Runs runs(g, from);
-  queries.turn(queries.sets[0], runs);
+  for (int64_t h = 0; h < num_heads; h++) queries[h].turn(queries[h].sets[0], runs);
   for (int64_t at = from, next, i = 0; at < to; at = next, i++) {
     next = runs.until(g, to);
     runs.move(g, next);
-    const Turned& set = queries.sets[i % 2];
-    if (next < to) queries.turn(queries.sets[(i + 1) % 2], runs);
-    // Vectors may reach past the run's end: what follows overwrites that.
-    const int64_t place = at - from;
-    dot_tiles<Key>(keys, place, next - at, g.head_rows, a.head_dim, columns,
-                   {set.packed, set.offsets, queries.units, set.shifts, nullptr, logits + place, kStride});
+    for (int64_t h = 0; next < to && h < num_heads; h++) queries[h].turn(queries[h].sets[(i + 1) % 2], runs);
+    for (int64_t place = at - from; place < next - from; place += kStretch)
+      for (keys.head = 0; keys.head < num_heads; keys.head++) {
+        const int64_t kv_head = first_head + keys.head, left = next - from - place;
+        keys.key = (const char*)a.keys.data + kv_head * a.keys.head_stride * Key::size;
+        if (Key::size == 1) keys.scales = (const float*)a.key_scales.data + kv_head * a.key_scales.head_stride;
+        const Queries<Key>& own = queries[keys.head];
+        const Turned& set = own.sets[i % 2];
+        // Vectors may reach past the run's end: what follows overwrites that.
+        dot_stretch<Key>(keys, place, left < kStretch ? left : kStretch, g.head_rows, a.head_dim, columns,
+                         {set.packed, set.offsets, own.units, set.shifts, nullptr, logits + keys.head * size + place,
+                          kStride});
+      }
   }
-  weigh<Key>(g, kv_head, chunk, logits);
+  for (int64_t h = 0; h < num_heads; h++) weigh<Key>(g, first_head + h, chunk, logits + h * size);
 }
 
 // 2^n for a whole n <= 0; 0 below -126.
@@ -201,13 +209,13 @@ void score_group(Group& g) {
   g.stats = (Stats*)scratch(0, stats_bytes);
   float* factors = (float*)(g.stats + g.rows * g.chunks);
   g.weights = scratch(1, g.rows * g.length * (Key::size == 4 ? 4 : 2));
+  // Keys of heads that lie apart are read head by head, each as one stream; others together, in memory's order, where
+  // there is room for the logits of all.
+  const bool apart = a.keys.head_stride > a.keys.row_stride || g.rows * kStride > kMostLogits;
+  const int64_t together = apart ? 1 : a.num_kv_heads;
   auto score = [&](int64_t from, int64_t to) {
-    // Where heads lie apart, a thread stays with one: memory is read as one stream.
-    const int64_t n = (to - from) * a.num_kv_heads;
-    const bool apart = a.keys.head_stride > a.keys.row_stride;
-    for (int64_t i = 0; i < n; i++)
-      if (apart) score_chunk<Key>(g, i / (to - from), from + i % (to - from));
-      else score_chunk<Key>(g, i % a.num_kv_heads, from + i / a.num_kv_heads);
+    for (int64_t h = 0; h < a.num_kv_heads; h += together)
+      for (int64_t chunk = from; chunk < to; chunk++) score_chunk<Key>(g, chunk, h, together);
   };
   parallel_for(g.chunks, 1, score);
   finish_stats(g, factors);

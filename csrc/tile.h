@@ -12,8 +12,6 @@
 namespace tokenselect::TS_ISA {
 namespace {
 
-constexpr int kRowsAtOnce = W == 16 ? 8 : 6;  // with the columns of a block, their sums nearly fit the registers
-
 template <int N>
 TS_INLINE void store_all(const vf* x, char* out) {
 #pragma GCC unroll 4
@@ -28,6 +26,7 @@ struct F32 {
   typedef vf Sum;
   static constexpr int64_t kLoaded = W;
   static constexpr int kSplit = 1;       // pieces in an element of a column
+  static constexpr int kRows = W == 16 ? 8 : 6;  // at once: with the columns of a block, their sums nearly fit the registers
   static constexpr float kLargest = 0;   // number that a packed query holds; 0: any
   static vu load_pieces(const char* key) { return load<vu>(key); }
   static void split(vu column, vu* pieces) { *pieces = column; }
@@ -71,6 +70,7 @@ struct I8 {
   typedef vi Sum;
   static constexpr int64_t kLoaded = 4 * W;
   static constexpr int kSplit = 1;
+  static constexpr int kRows = 14;
   static constexpr float kLargest = 127;
   static vu load_pieces(const char* key) { return load<vu>(key) ^ 0x80808080u; }  // unsigned, as products want them
   static void split(vu column, vu* pieces) { *pieces = column; }
@@ -119,7 +119,7 @@ int64_t blocks_of(int64_t dim) {
 // Rows of queries are multiplied in parts of nearly equal size, as many at once as registers allow.
 struct Parts {
   int64_t rows, count;
-  explicit Parts(int64_t num_rows) : rows(num_rows), count((num_rows + kRowsAtOnce - 1) / kRowsAtOnce) {}
+  Parts(int64_t num_rows, int64_t at_once) : rows(num_rows), count((num_rows + at_once - 1) / at_once) {}
   int64_t begin(int64_t part) const { return count == 1 ? rows * part : rows * part / count; }
   int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
 };
@@ -167,11 +167,11 @@ template <class Key, int Rows>
 struct Sums {
   // Of a row, each of every so many columns: a sum does not wait for the one before. As many for any number of rows,
   // that results do not depend on what is scored at the same time; but integers add up to the same in any order.
-  static constexpr int kChains = W < 16 || (__is_same(typename Key::Sum, vi) && Rows == 8) ? 1 : 2;
+  static constexpr int kChains = W < 16 || (__is_same(typename Key::Sum, vi) && Rows >= 8) ? 1 : 2;
   typename Key::Sum sums[Rows][kChains];
 
   TS_INLINE void clear(Sums& s) {
-#pragma GCC unroll 8
+#pragma GCC unroll 14
     for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 4
       for (int c = 0; c < kChains; c++) s.sums[r][c] = typename Key::Sum{};
@@ -186,7 +186,7 @@ struct Sums {
       Key::split(columns[c], pieces);
 #pragma GCC unroll 4
       for (int i = 0; i < Key::kSplit; i++)
-#pragma GCC unroll 8
+#pragma GCC unroll 14
         for (int r = 0; r < Rows; r++) {
           const char* piece = queries + r * kQueryBytes<Key> + (c * Key::kSplit + i) * 4;
           s.sums[r][c % kChains] = Key::add(s.sums[r][c % kChains], pieces[i], piece);
@@ -198,7 +198,7 @@ struct Sums {
   TS_INLINE void finish(const Sums& s, const Logits& l) {
     const vf scales = l.key_scales ? load<vf>(l.key_scales) : set1(1.0f);
     float* out = l.out;
-#pragma GCC unroll 8
+#pragma GCC unroll 14
     for (int r = 0; r < Rows; r++) {
       typename Key::Sum sum = s.sums[r][0];
       for (int c = 1; c < kChains; c++) sum += s.sums[r][c];
@@ -244,19 +244,12 @@ __attribute__((noinline)) void multiply_columns(const vu* columns, int64_t block
   S::finish(sums, l);
 }
 
-// Calls `body` with a number of rows, 1 to kRowsAtOnce, that it can use at compile time.
-template <class Body>
+// Calls `body` with a number of rows, 1 to `Most`, that it can use at compile time.
+template <int Most, class Body>
 TS_INLINE void with_rows(int64_t rows, Body body) {
-  switch (rows) {
-    case 1: return body.template operator()<1>();
-    case 2: return body.template operator()<2>();
-    case 3: return body.template operator()<3>();
-    case 4: return body.template operator()<4>();
-    case 5: return body.template operator()<5>();
-    case 6: return body.template operator()<6>();
-    case 7: return body.template operator()<(kRowsAtOnce > 6 ? 7 : 6)>();
-    default: return body.template operator()<kRowsAtOnce>();
-  }
+  if constexpr (Most > 1)
+    if (rows < Most) return with_rows<Most - 1>(rows, body);
+  body.template operator()<Most>();
 }
 
 template <class Key>
@@ -269,25 +262,25 @@ void make_columns(const KeyRows& keys, int64_t i, int64_t n, int64_t dim, vu* co
   if (d < dim) load_last_columns<Key>(each, d, dim, columns);
 }
 
-// Logits [rows, n] (stride `ld`, written in whole vectors) of packed queries against `n` keys, the first at place
-// `begin` of those that `keys` knows; what follows is asked for. `columns` is room for a tile; `l` is of the first.
+// Logits [rows, n] (stride `ld`, written in whole vectors) of packed queries against a stretch of `n` keys at most, from
+// place `i` on of those that `keys` knows; what follows is asked for. `columns` is room for a tile; `l` is of the first.
 template <class Key>
-void dot_tiles(const KeyRows& keys, int64_t begin, int64_t n, int64_t rows, int64_t dim, vu* columns, Logits l) {
-  const int64_t blocks = blocks_of<Key>(dim), stretch = keys.page_size < kStretch ? W : kStretch;
-  const Parts parts(rows);
+void dot_stretch(const KeyRows& keys, int64_t i, int64_t n, int64_t rows, int64_t dim, vu* columns, Logits l) {
+  const int64_t blocks = blocks_of<Key>(dim), most = keys.page_size < kStretch ? 1 : kStretch / W;
+  const Parts parts(rows, Key::kRows);
   float scales[kStretch];
-  for (int64_t i = begin, left = n, tiles; left > 0; i += tiles * W, left -= tiles * W, l.skip(tiles)) {
+  for (int64_t tiles; n > 0; i += tiles * W, n -= tiles * W, l.skip(tiles)) {
     const char* first = nullptr;
-    tiles = left < stretch ? left / W : stretch / W;
+    tiles = n / W < most ? n / W : most;
     if (tiles > 0 && dim % Key::kLoaded == 0) {
       first = keys.together(i, tiles * W);
       if (!first) tiles = 1, first = keys.together(i, W);
     }
-    if (!first) tiles = 1, make_columns<Key>(keys, i, left < W ? left : W, dim, columns);
-    if (keys.scales) keys.copy_scales(i, left < tiles * W ? left : tiles * W, scales), l.key_scales = scales;
+    if (!first) tiles = 1, make_columns<Key>(keys, i, n < W ? n : W, dim, columns);
+    if (keys.scales) keys.copy_scales(i, n < tiles * W ? n : tiles * W, scales), l.key_scales = scales;
     Ahead ahead(keys, i, tiles * W, blocks, kKeyBytes<Key>, columns);
     for (int64_t p = 0; p < parts.count; p++, ahead = Ahead(columns))
-      with_rows(parts.size(p), [&]<int Rows>() {
+      with_rows<Key::kRows>(parts.size(p), [&]<int Rows>() {
         const Logits part = l.from<Key>(parts.begin(p), blocks);
         if (first) multiply_keys<Key, Rows>(first, keys.stride, tiles, blocks, part, ahead);
         else multiply_columns<Key, Rows>(columns, blocks, part, ahead);

@@ -67,27 +67,36 @@ struct Queries {
   Place* places;  // [rows]
   Turned sets[2];
 
-  // For the keys at positions `from` to `to` - 1.
-  Queries(const Group& group, int64_t head, int64_t from, int64_t to) : g(group), kv_head(head) {
+  static void* operator new(size_t, void* place) { return place; }
+
+  // Bytes that it needs: what is scaled, turned and added, two packed sets, and places in them.
+  static int64_t room(const Group& g) {
+    const int64_t blocks = blocks_of<Key>(g.a.head_dim), rows = g.head_rows;
+    const int64_t floats = ((rows + 2) * blocks * Key::kLoaded + 6 * rows) * sizeof(float);
+    return floats + rows * (2 * blocks * kQueryBytes<Key> + sizeof(Place)) + 2 * sizeof(vf);
+  }
+
+  // For the keys at positions `from` to `to` - 1; `memory` is room, aligned to a vector.
+  Queries(const Group& group, int64_t head, int64_t from, int64_t to, char* memory) : g(group), kv_head(head) {
     const ScoreArgs& a = g.a;
     const int64_t rows = g.head_rows;
     heads = a.num_q_heads / a.num_kv_heads, dim = a.head_dim;
     blocks = blocks_of<Key>(dim), width = blocks * Key::kLoaded;
-    scaled = (float*)scratch(2, ((rows + 2) * width + 5 * rows) * sizeof(float));
+    const int64_t bytes = rows * blocks * kQueryBytes<Key>;
+    char* packed = memory;
+    scaled = (float*)(packed + 2 * bytes);
     turned = scaled + rows * width, units = turned + width;
     float* none = units + rows;
     float* free = none + width;
     for (int64_t d = 0; d < width; d++) none[d] = 0, turned[d] = 0;
     center = a.key_center ? a.key_center + (a.sequences[g.first_block] * a.num_kv_heads + kv_head) * dim : none;
-    const int64_t bytes = rows * blocks * kQueryBytes<Key>;
-    char* packed = (char*)scratch(5, 2 * bytes + rows * sizeof(Place));
     for (Turned& set : sets) {
       set.packed = packed, set.shifts = free, set.offsets = (int32_t*)(free + rows);
       for (int64_t row = 0; row < rows; row++) set.shifts[row] = 0, set.offsets[row] = 0;
       packed += bytes, free += 2 * rows;
     }
-    places = (Place*)packed;
-    const Parts parts(rows);
+    places = (Place*)(none + width + 4 * rows + rows % 2);
+    const Parts parts(rows, Key::kRows);
     for (int64_t p = 0; p < parts.count; p++)
       for (int64_t row = parts.begin(p); row < parts.begin(p + 1); row++) {
         const int64_t place = parts.begin(p) * blocks + row - parts.begin(p);
