@@ -70,6 +70,7 @@ _NEARER = ("num_selected_tokens=256", "num_local_tokens=768")
 _FEW_WORDS = ("number_string", "niah_single_1", "niah_single_2", "niah_multikey_1", "infinite_passkey")  # of ANSWERED
 _MORE_WORDS = ("niah_single_3", "niah_multivalue", "niah_multiquery")  # three times as long to answer
 _OTHER_TEXTS = ("fact_help", "fact_code")
+_RIVALLED = ("niah_single_3", "niah_multiquery", "niah_multivalue", "niah_multikey_1")
 
 PLAN = (
     Part(NEEDLES, WITHIN, ("dense", *OURS), 20),
@@ -100,6 +101,10 @@ PLAN = (
     Part(_OTHER_TEXTS, (8000,), BOTH, 20),
     Part(_OTHER_TEXTS, BEYOND[:2], ("tokenselect",), 100),
     Part(_OTHER_TEXTS, BEYOND[:2], ("tokenselect",), 100, settings=_NEARER),
+    # Where another method is ahead on twenty samples.
+    Part(_RIVALLED, BEYOND[1:2], ("yarn", "paper"), 100),
+    Part(_RIVALLED[:2], BEYOND[:1], ("yarn",), 100),
+    Part(_WORDINGS, BEYOND[:2], CEILING, 20),
     Part((*RULER, *INFINITE), WITHIN[1:], BOTH, 100, 20),
     Part(NEEDLES, BEYOND[:1], _SLOW, 20),
     Part(_WORDINGS, (8000,), ("dense", *OURS), 20),
