@@ -23,9 +23,11 @@ Pages pages_of(const Tensor& pages, int64_t page_size, const Tensor& padding) {
   return {pages.data<int64_t>(), pages.size(1), page_size, padding.data<int64_t>()};
 }
 
-View view_of(const Tensor& cos, const Tensor& sin, int64_t run_size, const Tensor& runs, const ScoreArgs& a) {
+View view_of(const Tensor& cos, const Tensor& sin, int64_t run_size, const Tensor& runs, const Tensor& alike,
+             const ScoreArgs& a) {
   cos.shaped({-1, a.half}), sin.shaped({cos.size(0), a.half}), runs.shaped({a.num_blocks + 1});
-  return {cos.data<float>(), sin.data<float>(), run_size, runs.data<int64_t>()};
+  const int64_t* first = alike.empty() ? nullptr : alike.shaped({a.num_blocks}).data<int64_t>();
+  return {cos.data<float>(), sin.data<float>(), run_size, runs.data<int64_t>(), first};
 }
 
 // What an int8 copy of keys needs to be read: its scales, and the center that its keys are counted from.
@@ -52,7 +54,8 @@ void score_tokens(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t run_size1 = value_of<int64_t>(stack[16]);
   const bool interleaved = value_of<bool>(stack[17]);
   const double scale = value_of<double>(stack[18]);
-  const Tensor start_loc(stack[19], "start_loc"), key_center(stack[20], "key_center"), votes(stack[21], "votes");
+  const Tensor start_loc(stack[19], "start_loc"), key_center(stack[20], "key_center");
+  const Tensor alike0(stack[21], "alike"), alike1(stack[22], "alike"), votes(stack[23], "votes");
   ScoreArgs args{};
   args.queries = queries.shaped({-1, -1, -1}).data<float>();
   args.num_blocks = queries.size(0), args.num_q_heads = queries.size(1), args.head_dim = queries.size(2);
@@ -65,8 +68,8 @@ void score_tokens(StableIValue* stack, uint64_t, uint64_t) {
   args.sequences = sequences.shaped({args.num_blocks}).data<int64_t>();
   args.candidates = candidates.shaped({args.num_blocks, 2}).data<int64_t>();
   args.context = context.shaped({args.num_blocks, 2}).data<int64_t>();
-  args.views[0] = view_of(cos0, sin0, run_size0, runs0, args);
-  args.views[1] = view_of(cos1, sin1, run_size1, runs1, args);
+  args.views[0] = view_of(cos0, sin0, run_size0, runs0, alike0, args);
+  args.views[1] = view_of(cos1, sin1, run_size1, runs1, alike1, args);
   args.num_views = run_size1 ? 2 : 1;
   args.interleaved = interleaved;
   args.scale = (float)scale;

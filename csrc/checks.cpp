@@ -53,8 +53,11 @@ void check_spans(const ScoreArgs& a, int64_t block) {
 void check_view(const View& view, const ScoreArgs& a, int64_t rows) {
   check_range("run_size", view.run_size, 1, INT64_MAX);
   check_bounds("run_start_loc", view.run_start_loc, a.num_blocks, rows);
-  for (int64_t b = 0; b < a.num_blocks; b++)
-    check_range("runs of a block", view.run_start_loc[b + 1] - view.run_start_loc[b], 1, rows);
+  for (int64_t b = 0; b < a.num_blocks; b++) {
+    const int64_t runs = view.run_start_loc[b + 1] - view.run_start_loc[b];
+    check_range("runs of a block", runs, 1, rows);
+    if (view.alike) check_range("alike", view.alike[b], 0, runs);
+  }
 }
 
 }  // namespace

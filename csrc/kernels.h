@@ -46,6 +46,7 @@ struct View {
   const float* sin;
   int64_t run_size;
   const int64_t* run_start_loc;  // [num_blocks + 1]
+  const int64_t* alike;          // [num_blocks], how many of a block's first runs have the same rotation, or null
 };
 
 constexpr int kMaxViews = 2;

@@ -22,6 +22,7 @@ struct Group {
   int64_t chunks, length;    // chunks of keys; weights from a row to the next, not a power of two
   Stats* stats;              // [rows, chunks]
   int64_t run_size[kMaxViews];  // keys that share a rotation: all of them where a view has one run
+  int64_t alike[kMaxViews];     // so many first runs of all blocks share one, and count as one
   void* weights;             // [rows, length] exponentials: half precision, or float for float keys
 
   // Row of the view's tables for a block's run `i`; its last one goes on for all that follows.
@@ -31,13 +32,14 @@ struct Group {
   }
 };
 
-// The run of each view that a position lies in.
+// The run of each view that a position lies in; of runs that are alike the last stands for all.
 struct Runs {
   int64_t index[kMaxViews], end[kMaxViews];  // its number, and the position where it ends
 
   Runs(const Group& g, int64_t at) {
     for (int64_t v = 0; v < g.a.num_views; v++) {
       index[v] = (at - g.begin) / g.run_size[v];
+      if (index[v] < g.alike[v]) index[v] = g.alike[v] - 1;
       end[v] = g.begin + (index[v] + 1) * g.run_size[v];
     }
   }

@@ -246,6 +246,11 @@ void score_tokens(const ScoreArgs& a) {
     for (int64_t v = 0; v < a.num_views; v++) {
       const int64_t* runs = a.views[v].run_start_loc + first;
       g.run_size[v] = runs[n] - runs[0] == n ? kEndless : a.views[v].run_size;
+      g.alike[v] = 0;
+      for (int64_t i = 0; a.views[v].alike && i < n; i++) {
+        const int64_t own = a.views[v].alike[first + i];
+        g.alike[v] = i == 0 || own < g.alike[v] ? own : g.alike[v];
+      }
     }
     switch (a.keys.dtype) {
       case DType::f32: score_group<F32>(g); break;

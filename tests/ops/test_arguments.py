@@ -137,6 +137,11 @@ SCORING: list[tuple[str, dict[str, Any]]] = [
         "runs of a block must be between 1 and",
         {"distances": lambda x: [x[0], replace(x[1], run_start_loc=at(1, 0)(x[1].run_start_loc))]},
     ),
+    (
+        "alike must be between 0 and 7, got 8",
+        {"distances": lambda x: [x[0], replace(x[1], alike=torch.tensor([8, 0, 0, 0]))]},
+    ),
+    ("alike must be of shape [4], got [1]", {"distances": lambda x: [x[0], replace(x[1], alike=torch.tensor([0]))]}),
 ]
 
 

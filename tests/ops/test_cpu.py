@@ -118,6 +118,32 @@ def test_votes_over_pages_of_any_size(page_size: int) -> None:
     torch.testing.assert_close(case.score(cpu)[0], case.score()[0], atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.parametrize("alike", [0, 1, 5, 255, 256, 257, 749, 750])
+def test_runs_that_are_alike_count_as_one(alike: int) -> None:
+    """Within a chunk, at its border, beyond it, and all of them: the same bits as run by run."""
+    case = long_case(torch.bfloat16)
+    free, runs = case.views
+    for part in (runs.cos, runs.sin):
+        part[:alike] = part[max(alike - 1, 0)].clone()
+    runwise = case.score(cpu)[0]
+    case.views = [free, replace(runs, alike=torch.tensor([alike]))]
+    assert torch.equal(case.score(cpu)[0], runwise)
+
+
+def test_blocks_of_which_fewer_runs_are_alike() -> None:
+    """Blocks that share a read of the keys take what is alike for all of them."""
+    case = tail_case(3, 3000)
+    free, runs = case.views
+    first = runs.run_start_loc.tolist()
+    counts = [700, 20, 300]
+    for start, count in zip(first, counts, strict=False):
+        for part in (runs.cos, runs.sin):
+            part[start : start + count] = part[start].clone()
+    runwise = case.score(cpu)[0]
+    case.views = [free, replace(runs, alike=torch.tensor(counts))]
+    assert torch.equal(case.score(cpu)[0], runwise)
+
+
 @pytest.mark.parametrize("dtype", [*ATTENTION, torch.int8], ids=shapes)
 def test_equal_keys_have_equal_votes(dtype: torch.dtype) -> None:
     """Wherever they are: rounding breaks no tie, so that the first of them is chosen."""

@@ -32,7 +32,7 @@ _SCHEMAS = (
     "score_tokens(Tensor queries, Tensor keys, Tensor key_scales, Tensor pages, Tensor padding, int page_size, "
     "Tensor sequences, Tensor candidates, Tensor context, Tensor cos0, Tensor sin0, Tensor runs0, int run_size0, "
     "Tensor cos1, Tensor sin1, Tensor runs1, int run_size1, bool interleaved, float scale, Tensor start_loc, "
-    "Tensor key_center, Tensor(a!) votes) -> ()",
+    "Tensor key_center, Tensor alike0, Tensor alike1, Tensor(a!) votes) -> ()",
     "pool_queries(Tensor queries, Tensor starts, Tensor counts, Tensor cos, Tensor sin, bool interleaved, "
     "Tensor(a!) pooled) -> ()",
     "topk_tokens(Tensor votes, Tensor start_loc, int k, Tensor(a!) indices) -> ()",
@@ -195,6 +195,8 @@ def score_tokens(
         scale,
         start_loc,
         _NO_FLOATS if key_center is None else key_center.contiguous(),
+        _NO_INTEGERS if first.alike is None else first.alike,
+        _NO_INTEGERS if second.alike is None else second.alike,
         votes,
     )
     return votes, start_loc
@@ -329,6 +331,7 @@ def rms_norm(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 _NO_FLOATS = torch.empty(0)
+_NO_INTEGERS = torch.empty(0, dtype=torch.int64)
 
 
 def _rows(cache: Tensor) -> Tensor:
