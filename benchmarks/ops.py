@@ -38,6 +38,7 @@ KEY = ("operation", "scoring", "keys", "layout", "queries", "shape", "length", "
 _LENGTHS = [4096, 16384, 65536, 262144, 1048576]
 _OPERATIONS = ["score_tokens", "topk_tokens", "sparse_attention"]
 _GATE_LENGTH = 5120
+_LEAST_STREAM = 8 << 20  # bytes: a read of fewer is over before all threads have begun
 
 
 def main(
@@ -109,8 +110,8 @@ def refuse_wrong_results(case: Case) -> None:
 
 
 def measure(case: Case, calls: dict[str, Call], repeats: int, seconds: float) -> list[dict[str, Any]]:
-    """One row for each call, all measured in turns with a read of the same buffers."""
-    reader = StreamReader(case.pools, max(case.num_bytes, 2 * POOL_BYTES))
+    """One row for each call, all measured in turns with a read of as many bytes of the same buffers."""
+    reader = StreamReader(case.pools, max(case.num_bytes, 2 * POOL_BYTES), max(case.num_bytes, _LEAST_STREAM))
     turns = itertools.count()
 
     def timed(call: Call) -> float:

@@ -41,30 +41,36 @@ READERS: dict[str, Callable[[Tensor], object]] = {
 
 
 class StreamReader:
-    """Reads whole pools of buffers as fast as can be, with torch's number of threads.
+    """Reads pools of buffers as fast as can be, with torch's number of threads.
 
     Args:
         pools: contiguous tensors.
         most_bytes: of each pool at most so many are read.
+        at_once: bytes that one read takes of all pools together.
 
     Attributes:
+        num_bytes: of one read.
         name: the fastest of `READERS` here.
         rates: bytes per second of each of them, best of three.
     """
 
-    def __init__(self, pools: Sequence[Tensor], most_bytes: int) -> None:
+    def __init__(self, pools: Sequence[Tensor], most_bytes: int, at_once: int) -> None:
         self._words = [_words(pool, most_bytes) for pool in pools if pool.nbytes >= _LEAST_BYTES]
-        self.num_bytes = sum(words.nbytes for words in self._words)
+        self._share = min(1.0, at_once / sum(words.nbytes for words in self._words))
+        self.num_bytes = sum(part.nbytes for part in self._parts(0.0))
         self.rates = {name: self.num_bytes / min(self._time(name) for _ in range(_TRIALS)) for name in READERS}
         self.name = max(self.rates, key=lambda name: self.rates[name])
 
     def read(self, start: float = 0.0) -> float:
-        """Seconds that a read of everything takes; begins at this share of each pool and goes around."""
+        """Seconds that a read takes; it begins at this share of each pool and goes around."""
         return self._time(self.name, start)
+
+    def _parts(self, start: float) -> list[Tensor]:
+        return [part for words in self._words for part in _around(words, start, self._share) if part.numel() >= 64]
 
     def _time(self, name: str, start: float = 0.0) -> float:
         reader = READERS[name]
-        parts = [part for words in self._words for part in _around(words, start) if part.numel() >= 64]
+        parts = self._parts(start)
         started = time.perf_counter()
         for part in parts:
             reader(part)
@@ -76,6 +82,7 @@ def _words(pool: Tensor, most_bytes: int) -> Tensor:
     return flat[: flat.numel() // 8 * 8].view(torch.int64)
 
 
-def _around(words: Tensor, start: float) -> tuple[Tensor, Tensor]:
-    first = int(words.numel() * start) // 64 * 64
-    return words[first:], words[:first]
+def _around(words: Tensor, start: float, share: float) -> tuple[Tensor, Tensor]:
+    first, count = int(words.numel() * start) // 64 * 64, max(64, int(words.numel() * share))
+    to_the_end = words[first : first + count]
+    return to_the_end, words[: count - to_the_end.numel()]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import typer
 
-from benchmarks import block_attention, buffers, latency, losses, must_hold, ops, performance, report
+from benchmarks import block_attention, buffers, latency, losses, must_hold, ops, performance, report, stream
 from benchmarks.dense_block import KERNELS
 from benchmarks.llama_gguf import _interleaved
 from benchmarks.operations import attention, score
@@ -106,12 +106,20 @@ def test_a_run_of_operations_can_be_continued(capsys: pytest.CaptureFixture[str]
     assert all(0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) for row in rows.values())
 
 
-def test_a_stream_read_reads_everything() -> None:
+def test_a_stream_read_reads_everything_or_a_share() -> None:
     pools = [torch.rand(3, 200_001), torch.randint(-9, 9, (1 << 20,), dtype=torch.int8)]
-    reader = StreamReader(pools, 1 << 30)
-    assert reader.num_bytes == 3 * 200_001 * 4 // 8 * 8 + (1 << 20)
+    in_all = 3 * 200_001 * 4 // 8 * 8 + (1 << 20)
+    reader = StreamReader(pools, 1 << 30, 1 << 30)
+    assert reader.num_bytes == in_all
     assert reader.name in READERS
     assert reader.read(0.4) > 0
+    assert StreamReader(pools, 1 << 30, in_all // 2).num_bytes == pytest.approx(in_all / 2, rel=1e-3)
+
+
+def test_a_share_goes_around() -> None:
+    words = torch.arange(640)
+    assert torch.cat(stream._around(words, 0.8, 0.3)).tolist() == [*range(512, 640), *range(64)]
+    assert torch.cat(stream._around(words, 0.1, 0.3)).tolist() == [*range(64, 256)]
 
 
 def test_random_numbers() -> None:
