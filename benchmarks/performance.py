@@ -33,7 +33,7 @@ took turns, in one process or, with llama.cpp, in processes of which one ran at 
 {devices}"""
 _OPS = """## Operations
 
-Inputs are copies that together fill no cache. A *stream read* reads the same copies from one end to the other with
+Inputs are copies that together fill no cache. A *stream read* reads as many bytes of the same copies in one go with
 the fastest of six reductions (torch sums and maxima, libc's `memcmp`), in turns with the operations. An operation
 whose results differ from `ops.reference` is not measured. Contiguous: heads one after the other, as in the
 Transformers cache; pages: tokens one after the other, as in vLLM.
