@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kChunk = 1024;                  // keys whose logits are made at once
 constexpr int64_t kStride = kChunk + W;           // from a row's logits to the next: caches place powers of two badly
 constexpr int64_t kBlocksAtOnce = 16;             // blocks that share a read of the keys
-constexpr int64_t kMostLogits = int64_t(1) << 17;     // of a chunk, where heads are read together
+constexpr int64_t kMostLogits = int64_t(1) << 17;   // of a chunk, where heads are read together
 constexpr int64_t kMostWeights = int64_t(32) << 20;  // bytes of exponentials kept between the passes
 constexpr int64_t kEndless = int64_t(1) << 60;
 constexpr float kNone = -3.4e38f;
