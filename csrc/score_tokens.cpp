@@ -102,6 +102,31 @@ void weigh(const Group& g, int64_t kv_head, int64_t chunk, const float* logits) 
   }
 }
 
+// Where the keys of a head lie, one of `num_heads` that are read together; `rows` of them are known.
+template <class Key>
+KeyRows keys_of(const ScoreArgs& a, int64_t kv_head, int64_t index, int64_t num_heads, const int64_t* rows,
+                int64_t known) {
+  KeyRows keys{index, num_heads};
+  keys.key = (const char*)a.keys.data + kv_head * a.keys.head_stride * Key::size;
+  keys.stride = a.keys.row_stride * Key::size;
+  keys.rows = rows, keys.known = known, keys.page_size = a.pages.max_pages == 1 ? kEndless : a.pages.page_size;
+  if (Key::size == 1) keys.scales = (const float*)a.key_scales.data + kv_head * a.key_scales.head_stride;
+  keys.scale_stride = a.key_scales.row_stride;
+  const int64_t bytes = num_heads * a.head_dim * Key::size;
+  keys.near = Ahead::distance(Ahead::kNear, bytes), keys.far = Ahead::distance(Ahead::kFar, bytes);
+  return keys;
+}
+
+// A KV head that takes part in a chunk.
+template <class Key>
+struct Head {
+  KeyRows keys;
+  Queries<Key> queries;
+  float* logits;  // [head_rows, kChunk], stride kStride
+
+  static void* operator new(size_t, void* place) { return place; }
+};
+
 // Scores one chunk of the keys of `num_heads` KV heads from `first_head` on, which are read together.
 template <class Key>
 void score_chunk(const Group& g, int64_t chunk, int64_t first_head, int64_t num_heads) {
@@ -109,39 +134,38 @@ void score_chunk(const Group& g, int64_t chunk, int64_t first_head, int64_t num_
   const int64_t from = g.begin + chunk * kChunk, to = from + kChunk < g.end ? from + kChunk : g.end;
   constexpr int64_t kKnown = kChunk + Ahead::kMost * kStretch;
   int64_t rows[kKnown];
-  const int64_t known = g.end - from < kKnown ? g.end - from : kKnown, bytes = num_heads * a.head_dim * Key::size;
+  const int64_t known = g.end - from < kKnown ? g.end - from : kKnown;
   rows_of(a.pages, a.sequences[g.first_block], from, from + known, rows);
-  KeyRows keys{0, num_heads};
-  keys.stride = a.keys.row_stride * Key::size, keys.scale_stride = a.key_scales.row_stride;
-  keys.rows = rows, keys.known = known, keys.page_size = a.pages.max_pages == 1 ? kEndless : a.pages.page_size;
-  keys.near = Ahead::distance(Ahead::kNear, bytes), keys.far = Ahead::distance(Ahead::kFar, bytes);
-
-  const int64_t room = Queries<Key>::room(g) / sizeof(vf) * sizeof(vf), size = g.head_rows * kStride;
+  const int64_t room = Queries<Key>::room(g), size = g.head_rows * kStride;
   char* memory = (char*)scratch(2, num_heads * room);
-  auto* queries = (Queries<Key>*)scratch(5, num_heads * sizeof(Queries<Key>));
-  for (int64_t h = 0; h < num_heads; h++) new (queries + h) Queries<Key>(g, first_head + h, from, to, memory + h * room);
-  vu* columns = (vu*)scratch(6, blocks_of<Key>(a.head_dim) * W * sizeof(vu));
   float* logits = (float*)scratch(3, num_heads * size * sizeof(float));
+  auto* heads = (Head<Key>*)scratch(5, num_heads * sizeof(Head<Key>));
+  vu* columns = (vu*)scratch(6, blocks_of<Key>(a.head_dim) * W * sizeof(vu));
   Runs runs(g, from);
-  for (int64_t h = 0; h < num_heads; h++) queries[h].turn(queries[h].sets[0], runs);
+  for (int64_t h = 0; h < num_heads; h++) {
+    const int64_t kv_head = first_head + h;
+    Head<Key>& head = *new (heads + h) Head<Key>{keys_of<Key>(a, kv_head, h, num_heads, rows, known),
+                                                 {g, kv_head, from, to, memory + h * room}, logits + h * size};
+    head.queries.turn(head.queries.sets[0], runs);
+  }
   for (int64_t at = from, next, i = 0; at < to; at = next, i++) {
     next = runs.until(g, to);
     runs.move(g, next);
-    for (int64_t h = 0; next < to && h < num_heads; h++) queries[h].turn(queries[h].sets[(i + 1) % 2], runs);
-    for (int64_t place = at - from; place < next - from; place += kStretch)
-      for (keys.head = 0; keys.head < num_heads; keys.head++) {
-        const int64_t kv_head = first_head + keys.head, left = next - from - place;
-        keys.key = (const char*)a.keys.data + kv_head * a.keys.head_stride * Key::size;
-        if (Key::size == 1) keys.scales = (const float*)a.key_scales.data + kv_head * a.key_scales.head_stride;
-        const Queries<Key>& own = queries[keys.head];
-        const Turned& set = own.sets[i % 2];
+    for (int64_t h = 0; next < to && h < num_heads; h++)
+      heads[h].queries.turn(heads[h].queries.sets[(i + 1) % 2], runs);
+    for (int64_t place = at - from; place < next - from; place += kStretch) {
+      const int64_t left = next - from - place, n = left < kStretch ? left : kStretch;
+      for (int64_t h = 0; h < num_heads; h++) {
+        const Head<Key>& head = heads[h];
+        const Turned& set = head.queries.sets[i % 2];
+        const float* units = head.queries.units;
         // Vectors may reach past the run's end: what follows overwrites that.
-        dot_stretch<Key>(keys, place, left < kStretch ? left : kStretch, g.head_rows, a.head_dim, columns,
-                         {set.packed, set.offsets, own.units, set.shifts, nullptr, logits + keys.head * size + place,
-                          kStride});
+        const Logits l{set.packed, set.offsets, units, set.shifts, nullptr, head.logits + place, kStride};
+        dot_stretch<Key>(head.keys, place, n, g.head_rows, a.head_dim, columns, l);
       }
+    }
   }
-  for (int64_t h = 0; h < num_heads; h++) weigh<Key>(g, first_head + h, chunk, logits + h * size);
+  for (int64_t h = 0; h < num_heads; h++) weigh<Key>(g, first_head + h, chunk, heads[h].logits);
 }
 
 // 2^n for a whole n <= 0; 0 below -126.

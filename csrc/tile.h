@@ -26,7 +26,7 @@ struct F32 {
   typedef vf Sum;
   static constexpr int64_t kLoaded = W;
   static constexpr int kSplit = 1;       // pieces in an element of a column
-  static constexpr int kRows = W == 16 ? 8 : 6;  // at once: with the columns of a block, their sums nearly fit the registers
+  static constexpr int kRows = W == 16 ? 8 : 6;  // at once: their sums and a block's columns nearly fit the registers
   static constexpr float kLargest = 0;   // number that a packed query holds; 0: any
   static vu load_pieces(const char* key) { return load<vu>(key); }
   static void split(vu column, vu* pieces) { *pieces = column; }
@@ -262,8 +262,9 @@ void make_columns(const KeyRows& keys, int64_t i, int64_t n, int64_t dim, vu* co
   if (d < dim) load_last_columns<Key>(each, d, dim, columns);
 }
 
-// Logits [rows, n] (stride `ld`, written in whole vectors) of packed queries against a stretch of `n` keys at most, from
-// place `i` on of those that `keys` knows; what follows is asked for. `columns` is room for a tile; `l` is of the first.
+// Logits [rows, n] (stride `ld`, written in whole vectors) of packed queries against `n` keys, at most a stretch, from
+// place `i` on of those that `keys` knows; what follows is asked for. `columns` is room for a tile; `l` is of the
+// first, without scales.
 template <class Key>
 void dot_stretch(const KeyRows& keys, int64_t i, int64_t n, int64_t rows, int64_t dim, vu* columns, Logits l) {
   const int64_t blocks = blocks_of<Key>(dim), most = keys.page_size < kStretch ? 1 : kStretch / W;

@@ -31,7 +31,7 @@ float longest_pair(const float* x, int64_t dim, int64_t half, bool interleaved) 
   return __builtin_sqrtf(most);
 }
 
-// Most that any rotation makes of the length of a pair, of the block's runs from `first` to `last`; at least 1, for what
+// Most that any rotation of the block's runs from `first` to `last` makes of the length of a pair; at least 1, for what
 // is not rotated.
 float amplitude_of(const Group& g, int64_t v, int64_t block, int64_t first, int64_t last) {
   const View& view = g.a.views[v];
@@ -67,13 +67,12 @@ struct Queries {
   Place* places;  // [rows]
   Turned sets[2];
 
-  static void* operator new(size_t, void* place) { return place; }
-
-  // Bytes that it needs: what is scaled, turned and added, two packed sets, and places in them.
+  // Bytes that it needs, in whole vectors: two packed sets, what is scaled, turned and added, and places in the sets.
   static int64_t room(const Group& g) {
     const int64_t blocks = blocks_of<Key>(g.a.head_dim), rows = g.head_rows;
     const int64_t floats = ((rows + 2) * blocks * Key::kLoaded + 6 * rows) * sizeof(float);
-    return floats + rows * (2 * blocks * kQueryBytes<Key> + sizeof(Place)) + 2 * sizeof(vf);
+    const int64_t bytes = floats + rows * (2 * blocks * kQueryBytes<Key> + sizeof(Place));
+    return (bytes + sizeof(vf) - 1) / sizeof(vf) * sizeof(vf);
   }
 
   // For the keys at positions `from` to `to` - 1; `memory` is room, aligned to a vector.
