@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenselect.cache import RawKeyLayer
 from tokenselect.config import TokenSelectConfig
-from tokenselect.integrations.ragged import Stretch, cut_blocks
+from tokenselect.integrations.ragged import Stretch, attended_ranges, cut_blocks, range_bounds
 from tokenselect.ops import Backend
 from tokenselect.ops.paging import PageTable
 from tokenselect.rotary import RotaryTable
@@ -119,7 +119,7 @@ class Pass:
         return self._rows_of(pages, dict(zip(self.selecting, chosen, strict=True)), queries.device)
 
     def _is_plain(self) -> bool:
-        """Whether all blocks select anew and nobody asks for their positions, so that one launch writes their rows."""
+        """Whether all blocks select anew and nobody asks for their positions: their rows are written at once."""
         is_alone = self.select is select_tokens and self.recorder is None and not self.config.reuse
         return is_alone and self.config.num_selected_tokens > 0 and len(self.selecting) == len(self.blocks)
 
@@ -149,15 +149,10 @@ class Pass:
             The rows; where each block's hole begins; where its rows begin, as a tensor and as a list.
         """
         if pages.page_size not in self._holes:
-            sinks, k = self.config.num_sink_tokens, self.config.num_selected_tokens
-            ranges: list[tuple[int, int, int]] = []
-            bounds = [0]
-            for block in self.blocks:
-                window = candidates_end(block, self.config)
-                ranges += (block.sequence, 0, sinks), (-1, 0, k), (block.sequence, window, block.end)
-                bounds.append(bounds[-1] + sinks + k + block.end - window)
-            rows, start_loc = self.ops.range_slots(ranges, pages), torch.tensor(bounds)
-            self._holes[pages.page_size] = rows, start_loc[:-1] + sinks, start_loc, bounds
+            ranges = [attended_ranges(block, self.config) for block in self.blocks]
+            bounds = range_bounds(ranges)
+            rows, start_loc = self.ops.range_slots(list(chain.from_iterable(ranges)), pages), torch.tensor(bounds)
+            self._holes[pages.page_size] = rows, start_loc[:-1] + self.config.num_sink_tokens, start_loc, bounds
         return self._holes[pages.page_size]
 
     def _rows_of(self, pages: PageTable, selected: dict[int, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from tokenselect.config import TokenSelectConfig
-from tokenselect.selection import Block, block_starts
+from tokenselect.ops.paging import Range
+from tokenselect.selection import Block, block_starts, candidates_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +51,19 @@ def cut_blocks(sequence: int, stretch: Stretch, first_query: int, config: TokenS
             block = Block(sequence, before.start, last, before.first_query)
         blocks.append(block)
     return blocks
+
+
+def attended_ranges(block: Block, config: TokenSelectConfig | None) -> list[Range]:
+    """What a block attends, for `range_slots`: with a config, sinks, room for the chosen tokens, and the local window.
+
+    A block that selects has more candidates than it chooses, so all sinks lie before its window.
+    """
+    if config is None:
+        return [(block.sequence, 0, block.end)]
+    window, k = candidates_end(block, config), config.num_selected_tokens
+    return [(block.sequence, 0, min(config.num_sink_tokens, window)), (-1, 0, k), (block.sequence, window, block.end)]
+
+
+def range_bounds(ranges: Sequence[Sequence[Range]]) -> list[int]:
+    """Where each block's rows begin, and where the last ones end."""
+    return [0, *accumulate(sum(end - start for _, start, end in own) for own in ranges)]

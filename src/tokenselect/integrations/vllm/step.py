@@ -11,17 +11,16 @@ from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
 
 from tokenselect.config import TokenSelectConfig
-from tokenselect.integrations.ragged import Stretch, cut_blocks
+from tokenselect.integrations.ragged import Stretch, attended_ranges, cut_blocks, range_bounds
 from tokenselect.integrations.vllm.requests import RequestState
 from tokenselect.integrations.vllm.tally import Tally
 from tokenselect.ops import Backend
-from tokenselect.ops.paging import PageTable, Range
+from tokenselect.ops.paging import PageTable
 from tokenselect.rotary import RotaryTable
 from tokenselect.selection import (
     Block,
     Reduce,
     SelectionPlan,
-    candidates_end,
     choose_tokens,
     plan_selection,
     select_tokens,
@@ -168,8 +167,8 @@ def plan_step(
                 selecting.setdefault(state.config, []).append(len(blocks))
             blocks.append(block)
     settings = {place: config for config, places in selecting.items() for place in places}
-    ranges = [_ranges(block, settings.get(i)) for i, block in enumerate(blocks)]
-    start_loc = torch.tensor([0, *accumulate(sum(end - start for _, start, end in own) for own in ranges)])
+    ranges = [attended_ranges(block, settings.get(i)) for i, block in enumerate(blocks)]
+    start_loc = torch.tensor(range_bounds(ranges))
     return Step(
         first_queries[-1],
         blocks,
@@ -200,15 +199,6 @@ def _recorders(states: Sequence[RequestState]) -> list[Recorder]:
     return recorders
 
 
-def _ranges(block: Block, config: TokenSelectConfig | None) -> list[Range]:
-    """What a block attends; room where the chosen tokens go."""
-    sequence = block.sequence
-    if config is None:
-        return [(sequence, 0, block.end)]
-    window, k = candidates_end(block, config), config.num_selected_tokens
-    return [(sequence, 0, min(config.num_sink_tokens, window)), (-1, 0, k), (sequence, window, block.end)]
-
-
 def _selection(
     config: TokenSelectConfig,
     blocks: list[Block],
@@ -218,6 +208,5 @@ def _selection(
     max_distance: int,
 ) -> Selection:
     device = table.cos.device
-    # a block that selects has more candidates than k, so all sinks lie before its window
     holes = start_loc[torch.tensor(places)].to(device) + config.num_sink_tokens
     return Selection(config, plan_selection(blocks, config, table, max_distance), places, holes)
