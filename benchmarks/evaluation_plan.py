@@ -105,6 +105,7 @@ PLAN = (
     Part(_RIVALLED, BEYOND[1:2], ("yarn", "paper"), 100),
     Part(_RIVALLED[:2], BEYOND[:1], ("yarn",), 100),
     Part(_WORDINGS, BEYOND[:2], CEILING, 20),
+    Part(_RIVALLED, BEYOND[:2], CEILING, 100),
     Part((*RULER, *INFINITE), WITHIN[1:], BOTH, 100, 20),
     Part(NEEDLES, BEYOND[:1], _SLOW, 20),
     Part(_WORDINGS, (8000,), ("dense", *OURS), 20),

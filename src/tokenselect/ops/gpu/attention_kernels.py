@@ -69,10 +69,7 @@ def attend_few(
     """
     if not SETTLED:
         after_predecessor(OVERLAP)
-    is_idle = is_served(served, tl.program_id(0)) != IF_SERVED
-    if is_idle:
-        if SETTLED:
-            after_predecessor(OVERLAP)
+    if is_served(served, tl.program_id(0)) != IF_SERVED:
         return
     kv, split = tl.program_id(1), tl.program_id(2)
     num_kv = tl.num_programs(1)
@@ -133,10 +130,9 @@ def join_splits(
     kv, r = tl.program_id(1), tl.program_id(2)
     num_kv = tl.num_programs(1)
     first, own, _, _ = _bounds(blocks, tl.program_id(0))
-    is_idle = is_served(served, tl.program_id(0)) != IF_SERVED
-    after_predecessor(OVERLAP)  # which read that too
-    if is_idle:
+    if is_served(served, tl.program_id(0)) != IF_SERVED:
         return
+    after_predecessor(OVERLAP)  # which read that too
     query = first + r // GROUP
     if r // GROUP >= own:
         return

@@ -21,7 +21,9 @@ __all__ = [
 def after_predecessor(OVERLAP: tl.constexpr):
     """In every kernel: begin while the one before still runs, and go on when it has ended and all it wrote is there.
 
-    Every program must come by here: so what the kernels before that one wrote is there from the start.
+    Every program must come by here: so what the kernels before that one wrote is there from the start. But those of a
+    block that is served may end at once if all later ones do: nothing is written for it, and a kernel begins when the
+    programs of the one before it have come by or ended.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()

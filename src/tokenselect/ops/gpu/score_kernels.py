@@ -81,14 +81,6 @@ def _integer_products(k, turned, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, DP: 
 
 
 @triton.jit
-def _key_scales(scales, offset, scale_stride, page_row, page_size, start, longest, ONE_PAGE: tl.constexpr):
-    """Of the keys of a tile."""
-    is_token = offset < longest
-    slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
-    return tl.load(scales + slot * scale_stride, mask=is_token, other=0.0)
-
-
-@triton.jit
 def score_tiles(
     queries, keys, key_scales, key_center, pages, padding, sequences, candidates, context, served,
     cos_0, sin_0, runs_0, cos_1, sin_1, runs_1, alike,
@@ -98,7 +90,8 @@ def score_tiles(
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, VIEWS: tl.constexpr, HOW: tl.constexpr,
     ONE_PAGE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_CENTER: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_CONTEXT: tl.constexpr, PRECISION: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_CONTEXT: tl.constexpr, PRECISION: tl.constexpr, SETTLED: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [groups of BLOCKS blocks that share sequence and start, num_kv_heads, shares of the tiles].
 
@@ -180,10 +173,7 @@ def score_tiles(
         after_predecessor(OVERLAP)
     for PART in tl.static_range(0 if HOW == BY_TILE else 1, 2):
         part_begin, part_end = (first_tile, alike_end) if PART == 0 else (alike_end, last_tile)
-        if HAS_SCALES:  # asked for one tile ahead
-            ahead = part_begin * BLOCK_T + n
-            factors = _key_scales(head_scales, ahead, scale_stride, page_row, page_size, start, longest, ONE_PAGE)
-        for tile in range(part_begin, part_end):
+        for tile in tl.range(part_begin, part_end, num_stages=STAGES):  # so that scales are asked for ahead, too
             offset = tile * BLOCK_T + n
             is_token = offset < longest
             is_key = is_token[:, None] & (d < D)[None, :] if D < DP else is_token[:, None]
@@ -196,8 +186,8 @@ def score_tiles(
                 own_keys = (head_keys + slot * key_stride)[:, None] + d[None, :]
                 k = tl.load(own_keys, mask=is_key, other=0.0, eviction_policy="evict_first")
             if HAS_SCALES:
-                own_factors, ahead = factors, offset + BLOCK_T
-                factors = _key_scales(head_scales, ahead, scale_stride, page_row, page_size, start, longest, ONE_PAGE)
+                slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
+                factors = tl.load(head_scales + slot * scale_stride, mask=is_token, other=0.0)
             own_turned, own_shift = turned, shift
             if HOW == BY_TILE and PART == 1:
                 run = run_begin + tl.minimum(tile * BLOCK_T // run_size, last_run)
@@ -218,7 +208,7 @@ def score_tiles(
             else:
                 logits = tl.dot(k.to(dtype), tl.trans(own_turned.to(dtype)), input_precision=PRECISION)
             if HAS_SCALES:
-                logits *= own_factors[:, None]
+                logits *= factors[:, None]
             if HAS_CENTER and HOW == BY_TOKEN:
                 same_rows = center_row + tl.zeros([BLOCK_T], tl.int32)
                 wide = center[None, :] + tl.zeros([BLOCK_T, DP], tl.float32)
@@ -281,10 +271,9 @@ def reduce_rows(
     r = tl.program_id(2)
     block = tl.minimum(tl.program_id(0) * BLOCKS + r // GROUP_PAD % BLOCKS, num_blocks - 1)
     length = (tl.load(context + 2 * block + 1) - tl.load(context + 2 * block)).to(tl.int32)
-    is_idle = is_served(served, tl.program_id(0) * BLOCKS)
-    after_predecessor(OVERLAP)  # which read that too
-    if is_idle:
+    if is_served(served, tl.program_id(0) * BLOCKS):
         return
+    after_predecessor(OVERLAP)  # which read that too
     shares = tl.cdiv(length, share_size)
     own_place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     most = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -353,7 +342,6 @@ def sum_votes(
     """
     group, first_piece = tl.program_id(0), (tl.num_programs(1) - 1 - tl.program_id(1)) * PIECES
     if is_served(served, group * BLOCKS):
-        after_predecessor(OVERLAP)
         return
     first_place = (group * KV).to(tl.int64)
     kept, peak = _powers(weights, peaks, first_place, 0, first_piece, num_pieces, KV, KV_AT_ONCE, PIECES, ROWS)

@@ -122,9 +122,10 @@ def list_votes(
     """Grid [num_blocks, slices]: list, in any order, the votes that reach about the k-th largest maximum."""
     start, count = _block(start_loc)
     block, edge = tl.program_id(0), tl.program_id(1) * SLICE
-    is_idle = is_served(served, block) | (edge >= count)
+    if is_served(served, block):
+        return
     after_predecessor(OVERLAP)  # which read that too
-    if is_idle:
+    if edge >= count:
         return
     maxima += block.to(tl.int64) * num_chunks
     lane = tl.arange(0, AT_HAND)
@@ -176,7 +177,9 @@ def write_chosen(
     """Grid [num_blocks, slices]: the exact threshold, found by every program, and its own slice's choice."""
     block, edge = tl.program_id(0), tl.program_id(1) * SLICE
     start, count = _block(start_loc)
-    if is_served(served, block) | (edge >= count):
+    if is_served(served, block):
+        return
+    if edge >= count:
         after_predecessor(OVERLAP)
         return
     offset = edge + tl.arange(0, SLICE)
