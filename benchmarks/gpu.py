@@ -4,7 +4,8 @@
 
 A block of 512 prompt tokens and a decode step, for the shapes of Qwen2-7B and Llama-3-8B, k = 2,048; scoring is
 mixed, or at one distance where a phase is marked so. Every time is that of a captured CUDA graph, so no Python is in
-it; short contexts rotate over several caches, so that none is read from the L2 cache. Dense attention is given
+it; short contexts rotate over several caches, so that none is read from the L2 cache. Every shape and length has a
+process of its own: what others left in memory moved some times by a tenth. Dense attention is given
 rotated keys; ours pools, scores, selects, gathers, rotates and attends. "int8" scores by an int8 copy of the keys
 that exists already. Decode steps are those of `integrations.steady` (see gpu_step.py), whose Selection Cache decides
 on the device: a "hit" finds that the last selection serves again, a "miss" that it does not. Before anything is timed,
@@ -15,8 +16,10 @@ results are compared with the definition. Rows go to results/gpu.csv, the plot t
 from __future__ import annotations
 
 import json
+import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -220,8 +223,10 @@ def steps(
     return [partial(step.run, each) for each in asked for step in made]
 
 
-def run(shape: Shape, length: int, own: int, table: RotaryTable) -> dict[str, list[float]]:
-    cold = max(1, int(COLD_BYTES / (length * shape.num_kv_heads * shape.head_dim * 4)))
+def run(shape: Shape, length: int, own: int) -> dict[str, list[float]]:
+    """Microseconds of everything, in a process of its own."""
+    torch.manual_seed(0)
+    table, cold = rotary_table(), max(1, int(COLD_BYTES / (length * shape.num_kv_heads * shape.head_dim * 4)))
     layers = [Layer(shape, length, own, table) for _ in range(min(8, cold))]
     if length == LENGTHS[0]:
         check(layers[0])
@@ -235,17 +240,16 @@ def run(shape: Shape, length: int, own: int, table: RotaryTable) -> dict[str, li
 def main() -> None:
     """Run everything and write it down."""
     cost_card()
-    torch.manual_seed(0)
-    table, copied = rotary_table(), copy_bandwidth()
+    processes = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+    copied = processes.submit(copy_bandwidth).result()
     found: list[dict[str, object]] = [
         {"shape": "", "length": 0, "phase": "copy", "p50_us": "", "gb_per_s": round(copied)}
     ]
     for shape in SHAPES:
         for own in (512, 1):
             for length in LENGTHS:
-                times = run(shape, length, own, table)
+                times = processes.submit(run, shape, length, own).result()
                 found += list(rows_of(shape, length, own, times, copied))
-                torch.cuda.empty_cache()
     columns = ("shape", "length", "phase", "p20_us", "p50_us", "p80_us", "against_dense", "gb_per_s", "of_copy")
     table_rows = [{name: row.get(name, "") for name in columns} for row in found]
     append_rows("gpu", table_rows, DEVICE)
