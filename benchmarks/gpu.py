@@ -253,7 +253,7 @@ def main() -> None:
     columns = ("shape", "length", "phase", "p20_us", "p50_us", "p80_us", "against_dense", "gb_per_s", "of_copy")
     table_rows = [{name: row.get(name, "") for name in columns} for row in found]
     append_rows("gpu", table_rows, DEVICE)
-    plot(table_rows)
+    plot(table_rows, torch.cuda.get_device_name())
     model_rows = gpu_model.run()
     print(json.dumps({"copy_gb_per_s": round(copied), "ratios": summary(table_rows), "model": model_rows}))
 
@@ -282,7 +282,7 @@ def summary(found: list[dict[str, object]]) -> dict[str, object]:
     return {f"{r['shape']} {r['length']} {r['phase']}": r["against_dense"] or r["of_copy"] for r in keep}
 
 
-def plot(found: list[dict[str, object]]) -> None:
+def plot(found: list[dict[str, object]], device: str) -> None:
     """How many times faster than the best dense kernel, by length."""
     import matplotlib as mpl
 
@@ -295,7 +295,7 @@ def plot(found: list[dict[str, object]]) -> None:
             points = [r for r in found if r["shape"] == shape.name and r["phase"] == phase]
             axis.plot([r["length"] for r in points], [r["against_dense"] for r in points], marker="o", label=phase)
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", title=f"{shape.name}, {torch.cuda.get_device_name()}", xlabel="tokens")
+        axis.set(xscale="log", yscale="log", title=f"{shape.name}, {device}", xlabel="tokens")
         axis.set_xticks(LENGTHS, [f"{n // 1024}K" for n in LENGTHS])
     axes[0].set_ylabel("times faster than the best dense kernel")
     axes[0].legend()

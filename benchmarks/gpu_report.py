@@ -67,7 +67,7 @@ def _latest(rows: list[Row]) -> list[Row]:
 
 
 def _layer(rows: list[Row], table: Table, number: Number) -> str:
-    copied = next(row["gb_per_s"] for row in rows if row["phase"] == "copy")
+    copied = next(row["gb_per_s"] for row in reversed(read_rows("gpu")) if row["phase"] == "copy")
     parts = [_LAYER.format(copy=copied, **rows[0])]
     for shape in dict.fromkeys(row["shape"] for row in rows if row["shape"]):
         own = [row for row in rows if row["shape"] == shape]

@@ -26,7 +26,7 @@ from tokenselect.ops.reference import Distances
 # Rows of one product with a tile of keys
 _LEAST_ROWS, _MOST_ROWS = (8, 32) if torch.version.hip is None else (16, 32)
 _LEAST_DEPTH = 32  # of a product of integers
-_WARPS, _STAGES, _STAGES_WIDE = 4, 3, 2  # of wide keys, or of many rows, less lies in flight
+_WARPS, _STAGES, _STAGES_MANY = 4, 3, 2  # where many rows meet keys of 2 bytes, or of many blocks
 _WARPS_FEW_ROWS = 2  # where a product of integers has no more rows than it must
 _MOST_WEIGHTS = 2**29  # exponentials kept at once: 1 GiB
 _LEAST_TILES_EACH, _MOST_TILES_EACH, _PROGRAMS = 4, 32, 1024
@@ -269,7 +269,8 @@ class _Call:
             "INTERLEAVED": first.interleaved, "PRECISION": precision(self.keys), **overlap(self.keys.device),
         }  # fmt: skip
         served = None if self.served is None else self.served[own]
-        in_flight = _STAGES if self.key_scales is not None and shape.blocks == 1 else _STAGES_WIDE
+        is_few, is_narrow = shape.rows == _LEAST_ROWS, self.key_scales is not None
+        in_flight = _STAGES if shape.blocks == 1 and (is_few or is_narrow) else _STAGES_MANY
         score_tiles[peaks.shape[0], peaks.shape[1], stats.shape[2]](
             self.queries[own], self.keys, scales, center, pages.pages, on_device(pages.padding, self.keys.device),
             self.sequences[own], self.candidates[own], self.context[own], served,
@@ -279,7 +280,7 @@ class _Call:
             **sizes, HOW=how, ONE_PAGE=pages.pages.shape[1] == 1, HAS_SCALES=self.key_scales is not None,
             HAS_CENTER=self.key_center is not None, HAS_CONTEXT=self.context is not self.candidates,
             SETTLED=self.is_settled,
-            num_warps=_WARPS_FEW_ROWS if shape.rows == _LEAST_ROWS and self.key_scales is not None else _WARPS,
+            num_warps=_WARPS_FEW_ROWS if is_few and is_narrow else _WARPS,
             STAGES=1 if exact or how == _BY_TOKEN else in_flight,
         )  # fmt: skip
 
