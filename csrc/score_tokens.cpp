@@ -14,6 +14,7 @@ constexpr int64_t kStride = kChunk + W;           // from a row's logits to the 
 constexpr int64_t kBlocksAtOnce = 16;             // blocks that share a read of the keys
 constexpr int64_t kMostLogits = int64_t(1) << 17;   // of a chunk, where heads are read together
 constexpr int64_t kMostWeights = int64_t(32) << 20;  // bytes of exponentials kept between the passes
+constexpr int64_t kShortKey = 64;                   // dimensions; see `LongBf16`
 constexpr int64_t kEndless = int64_t(1) << 60;
 constexpr float kNone = -3.4e38f;
 
@@ -278,7 +279,7 @@ void score_tokens(const ScoreArgs& a) {
     }
     switch (a.keys.dtype) {
       case DType::f32: score_group<F32>(g); break;
-      case DType::bf16: score_group<Bf16>(g); break;
+      case DType::bf16: a.head_dim > kShortKey ? score_group<LongBf16>(g) : score_group<Bf16>(g); break;
       case DType::f16: score_group<F16>(g); break;
       case DType::i8: score_group<I8>(g); break;
     }

@@ -27,6 +27,7 @@ struct F32 {
   static constexpr int64_t kLoaded = W;
   static constexpr int kSplit = 1;       // pieces in an element of a column
   static constexpr int kRows = W == 16 ? 8 : 6;  // at once: their sums and a block's columns nearly fit the registers
+  static constexpr int kChains = W == 16 ? 2 : 1;  // sums of a row, each of every so many columns
   static constexpr float kLargest = 0;   // number that a packed query holds; 0: any
   static vu load_pieces(const char* key) { return load<vu>(key); }
   static void split(vu column, vu* pieces) { *pieces = column; }
@@ -53,6 +54,11 @@ struct Bf16 : F32 {
     store(out, _mm512_cvtne2ps_pbh((__m512)query[1], (__m512)query[0]));
   }
 };
+// Of keys that take as long to read as a sum to wait for itself: more rows share their columns.
+struct LongBf16 : Bf16 {
+  static constexpr int kRows = 14;
+  static constexpr int kChains = 1;
+};
 #else
 struct Bf16 : F32 {
   static constexpr int64_t size = 2;
@@ -61,6 +67,7 @@ struct Bf16 : F32 {
   static void split(vu column, vu* pieces) { pieces[0] = column << 16, pieces[1] = column & 0xffff0000u; }
   TS_INLINE void pack(const vf* query, char* out) { store_all<2>(query, out); }
 };
+typedef Bf16 LongBf16;
 #endif
 
 #if defined(__AVX512VNNI__)
@@ -71,6 +78,7 @@ struct I8 {
   static constexpr int64_t kLoaded = 4 * W;
   static constexpr int kSplit = 1;
   static constexpr int kRows = 14;
+  static constexpr int kChains = 2;
   static constexpr float kLargest = 127;
   static vu load_pieces(const char* key) { return load<vu>(key) ^ 0x80808080u; }  // unsigned, as products want them
   static void split(vu column, vu* pieces) { *pieces = column; }
@@ -165,9 +173,9 @@ __attribute__((noinline)) void load_last_columns(const char* const* keys, int64_
 // The sums of `Rows` rows: kept in registers, so every loop over them is unrolled.
 template <class Key, int Rows>
 struct Sums {
-  // Of a row, each of every so many columns: a sum does not wait for the one before. As many for any number of rows,
-  // that results do not depend on what is scored at the same time; but integers add up to the same in any order.
-  static constexpr int kChains = W < 16 || (__is_same(typename Key::Sum, vi) && Rows >= 8) ? 1 : 2;
+  // A sum does not wait for the one before. As many for any number of rows, that results do not depend on what is scored
+  // at the same time; but integers add up to the same in any order.
+  static constexpr int kChains = __is_same(typename Key::Sum, vi) && Rows >= 8 ? 1 : Key::kChains;
   typename Key::Sum sums[Rows][kChains];
 
   TS_INLINE void clear(Sums& s) {
