@@ -177,16 +177,14 @@ def score_tiles(
             offset = tile * BLOCK_T + n
             is_token = offset < longest
             is_key = is_token[:, None] & (d < D)[None, :] if D < DP else is_token[:, None]
+            slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
             if ONE_PAGE:
                 base = start + tile * BLOCK_T
                 own_keys = head_keys + base * key_stride + n[:, None] * key_stride + d[None, :]
-                k = tl.load(own_keys, mask=is_key, other=0.0, eviction_policy="evict_first")
             else:
-                slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
                 own_keys = (head_keys + slot * key_stride)[:, None] + d[None, :]
-                k = tl.load(own_keys, mask=is_key, other=0.0, eviction_policy="evict_first")
+            k = tl.load(own_keys, mask=is_key, other=0.0, eviction_policy="evict_first")
             if HAS_SCALES:
-                slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
                 factors = tl.load(head_scales + slot * scale_stride, mask=is_token, other=0.0)
             own_turned, own_shift = turned, shift
             if HOW == BY_TILE and PART == 1:
@@ -198,7 +196,6 @@ def score_tiles(
                 if HAS_CENTER:
                     own_shift = tl.sum(own_turned * center[None, :], axis=1) * unit
             if HOW == BY_TOKEN:
-                slot = slots_of(offset, page_row, page_size, start, is_token, ONE_PAGE)
                 run = run_begin[:, None] + tl.minimum((offset // run_size)[None, :], last_run[:, None])
                 k = _turned_back(
                     k, head_keys + slot * key_stride, cos_1, sin_1, tl.max(run, axis=0), d, is_token, HALF, INTERLEAVED
