@@ -63,6 +63,8 @@ def _run() -> None:
 
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser(prog="tokenselect serve")).parse_args()
+    if not 0 <= args.port < 2**16:  # vLLM would fail to bind it, with a traceback
+        raise ValueError(f"--port must be between 0 and {2**16 - 1}, got {args.port}")
     configure_logging_from_args(args)
     command = ServeSubcommand()
     command.validate(args)
