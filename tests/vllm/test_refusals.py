@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +107,11 @@ def test_an_engine_asks_before_it_reads_weights(tmp_path: Path) -> None:
             engine(folder, SETTINGS),
         ):
             pass
+
+
+def test_a_port_that_cannot_be_is_refused() -> None:
+    command = [Path(sys.executable).with_name("tokenselect"), "serve", "--port", "99999"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2
+    assert "Error: --port must be between 0 and 65535, got 99999" in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
