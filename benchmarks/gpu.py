@@ -1,6 +1,6 @@
 """Attention of one layer on a GPU, selection included, against the best dense kernel that PyTorch has.
 
-    python -m benchmarks.gpu
+    python -m benchmarks.gpu [--shape Qwen2-7B]
 
 A block of 512 prompt tokens and a decode step, for the shapes of Qwen2-7B and Llama-3-8B, k = 2,048; scoring is
 mixed, or at one distance where a phase is marked so. Every time is that of a captured CUDA graph, so no Python is in
@@ -9,27 +9,30 @@ process of its own: what others left in memory moved some times by a tenth. Dens
 rotated keys; ours pools, scores, selects, gathers, rotates and attends. "int8" scores by an int8 copy of the keys
 that exists already. Decode steps are those of `integrations.steady` (see gpu_step.py), whose Selection Cache decides
 on the device: a "hit" finds that the last selection serves again, a "miss" that it does not. Before anything is timed,
-results are compared with the definition. Rows go to results/gpu.csv, the plot to results/gpu.png and gpu.svg. A whole
-7B-shaped model follows (benchmarks/gpu_model.py); the last line printed is JSON.
+results are compared with the definition. Rows go to results/gpu.csv as each process ends, and what this very commit
+has there is not measured again, so a run that was stopped goes on. The plot is results/gpu.png and gpu.svg. A whole
+7B-shaped model is `benchmarks.gpu_model`, passes within the budget are `benchmarks.gpu_within_budget`.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
+import typer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import gpu_model, gpu_step
-from benchmarks.report import RESULTS, append_rows
+from benchmarks import gpu_step
+from benchmarks.report import RESULTS, append_rows, known_rows, read_rows
+from benchmarks.results_of import Row, of_last_run
 from tokenselect.config import TokenSelectConfig
 from tokenselect.ops import gpu, reference
 from tokenselect.ops.gpu import around
@@ -44,6 +47,8 @@ ONE_DISTANCE = CONFIG.replace(scoring="position_free")
 CACHING = CONFIG.replace(reuse_threshold=0.9)
 COPIES, SCORINGS = {"bf16": False, "int8": True}, {"": CONFIG, ", one distance": ONE_DISTANCE}
 DEVICE = torch.device("cuda")
+KEY = ("shape", "length", "phase")
+COLUMNS = (*KEY, "p20_us", "p50_us", "p80_us", "against_dense", "gb_per_s", "of_copy")
 COLD_BYTES = 250e6  # several times the L2 cache
 
 
@@ -131,6 +136,11 @@ class Layer:
             self.queries, rows(self.keys), rows(self.values), start, *slots, self.table.cos, self.table.sin, self.scale
         )
 
+    def copy(self, of_int8: bool) -> Callable[[], object]:
+        """A copy that reads and writes together as many bytes as the keys have."""
+        source, target = (self.int8 if of_int8 else self.keys).view(-1).chunk(2)
+        return partial(torch.empty_like(target).copy_, source)
+
     def dense(self) -> Tensor:
         """Attention over everything, as dense kernels want it."""
         query = self.queries.transpose(0, 1)[None]
@@ -206,6 +216,7 @@ def step_phases(layers: list[Layer]) -> Iterator[tuple[str, list[Callable[[], ob
             for layer in layers:
                 layer.plan = layer.one_distance if config is ONE_DISTANCE else layer.mixed
             yield f"score {name}{scoring}", [partial(layer.score, by_int8) for layer in layers]
+        yield f"copy of {name} keys", [layer.copy(by_int8) for layer in layers]
     votes = layers[0].score(False)
     yield "topk", [lambda: gpu.topk_tokens(*votes, CONFIG.num_selected_tokens)]
     yield "step hit", steps(layers, CACHING, True)
@@ -237,52 +248,55 @@ def run(shape: Shape, length: int, own: int) -> dict[str, list[float]]:
     return times
 
 
-def main() -> None:
-    """Run everything and write it down."""
+def main(
+    shape: Annotated[list[str] | None, typer.Option(help="of a layer; repeatable; default: all")] = None,
+) -> None:
+    """Run everything that this commit has not measured yet, and write it down."""
+    wanted = [each for each in SHAPES if shape is None or each.name in shape]
+    if not wanted:
+        names = ", ".join(each.name for each in SHAPES)
+        raise typer.BadParameter(f"{shape}: none of these is known; known are {names}", param_hint="--shape")
     cost_card()
     processes = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    copied = processes.submit(copy_bandwidth).result()
-    found: list[dict[str, object]] = [
-        {"shape": "", "length": 0, "phase": "copy", "p50_us": "", "gb_per_s": round(copied)}
-    ]
-    for shape in SHAPES:
-        for own in (512, 1):
+    known = known_rows("gpu", KEY)
+    if ("", "0", "copy") not in known:
+        copied = processes.submit(copy_bandwidth).result()
+        write([{"shape": "", "length": 0, "phase": "copy", "gb_per_s": round(copied)}])
+    copied = float(of_last_run(read_rows("gpu"))[0]["gb_per_s"])
+    for each in wanted:
+        for own, name in ((512, "block"), (1, "step")):
             for length in LENGTHS:
-                times = processes.submit(run, shape, length, own).result()
-                found += list(rows_of(shape, length, own, times, copied))
-    columns = ("shape", "length", "phase", "p20_us", "p50_us", "p80_us", "against_dense", "gb_per_s", "of_copy")
-    table_rows = [{name: row.get(name, "") for name in columns} for row in found]
-    append_rows("gpu", table_rows, DEVICE)
-    plot(table_rows, torch.cuda.get_device_name())
-    model_rows = gpu_model.run()
-    print(json.dumps({"copy_gb_per_s": round(copied), "ratios": summary(table_rows), "model": model_rows}))
+                if (each.name, str(length), f"{name} dense cudnn") not in known:
+                    times = processes.submit(run, each, length, own).result()
+                    write(list(rows_of(each, length, name, times, copied)))
+    plot(of_last_run(read_rows("gpu")), torch.cuda.get_device_name())
+
+
+def write(rows: list[dict[str, object]]) -> None:
+    append_rows("gpu", [{column: row.get(column, "") for column in COLUMNS} for row in rows], DEVICE)
 
 
 def rows_of(
-    shape: Shape, length: int, own: int, times: dict[str, list[float]], copied: float
+    shape: Shape, length: int, name: str, times: dict[str, list[float]], copied: float
 ) -> Iterator[dict[str, object]]:
-    best = min(statistics.median(times[f"dense {name}"]) for name in DENSE)
-    key_bytes = length * shape.num_kv_heads * shape.head_dim
+    best = min(statistics.median(times[f"dense {kernel}"]) for kernel in DENSE)
+    elements = length * shape.num_kv_heads * shape.head_dim
     for phase, runs in times.items():
-        kind = phase if not phase.startswith("dense") else f"{'step' if own == 1 else 'block'} {phase}"
+        kind = f"{name} {phase}" if phase.startswith("dense") else phase
         middle = statistics.median(runs)
         row: dict[str, object] = {"shape": shape.name, "length": length, "phase": kind, "p50_us": round(middle, 1)}
         row |= {"p20_us": round(runs[len(runs) // 5], 1), "p80_us": round(runs[len(runs) * 4 // 5], 1)}
         if phase.startswith(("block", "step")):
             row["against_dense"] = round(best / middle, 2)
-        if phase.startswith("score"):
-            speed = key_bytes * (2 if "bf16" in phase else 1) / middle / 1e3
+        if phase.startswith(("score", "copy")):
+            speed = elements * (2 if "bf16" in phase else 1) / middle / 1e3
             row |= {"gb_per_s": round(speed), "of_copy": round(speed / copied, 2)}
-        print(f"{shape.name:>11} {length:>8} {kind:<24} {middle:9.1f} us  {row.get('against_dense', '')}", flush=True)
+        ratio = row.get("against_dense", row.get("of_copy", ""))
+        print(f"{shape.name:>11} {length:>8} {kind:<24} {middle:9.1f} us  {ratio}", flush=True)
         yield row
 
 
-def summary(found: list[dict[str, object]]) -> dict[str, object]:
-    keep = [row for row in found if row["against_dense"] != "" or row["of_copy"] != ""]
-    return {f"{r['shape']} {r['length']} {r['phase']}": r["against_dense"] or r["of_copy"] for r in keep}
-
-
-def plot(found: list[dict[str, object]], device: str) -> None:
+def plot(found: list[Row], device: str) -> None:
     """How many times faster than the best dense kernel, by length."""
     import matplotlib as mpl
 
@@ -293,7 +307,8 @@ def plot(found: list[dict[str, object]], device: str) -> None:
     for axis, shape in zip(axes, SHAPES, strict=True):
         for phase in ("block bf16", "block int8", "step bf16", "step int8", "step hit"):
             points = [r for r in found if r["shape"] == shape.name and r["phase"] == phase]
-            axis.plot([r["length"] for r in points], [r["against_dense"] for r in points], marker="o", label=phase)
+            gains = [float(r["against_dense"]) for r in points]
+            axis.plot([int(r["length"]) for r in points], gains, marker="o", label=phase)
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(xscale="log", yscale="log", title=f"{shape.name}, {device}", xlabel="tokens")
         axis.set_xticks(LENGTHS, [f"{n // 1024}K" for n in LENGTHS])
@@ -305,4 +320,4 @@ def plot(found: list[dict[str, object]], device: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

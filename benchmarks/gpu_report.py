@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from benchmarks.report import read_rows
-from benchmarks.results_of import Row
+from benchmarks.results_of import Row, of_last_run
 
 Table = Callable[..., str]
 Number = Callable[[float], str]
@@ -54,20 +54,14 @@ and the layers of a prompt go through ours one by one.
 
 def section(table: Table, number: Number) -> str:
     """The part of the page; empty where nothing was measured on a GPU."""
-    layer, model, short = (_latest(read_rows(name)) for name in ("gpu", "gpu_model", "gpu_within_budget"))
+    layer, model, short = (of_last_run(read_rows(name)) for name in ("gpu", "gpu_model", "gpu_within_budget"))
     parts = [_layer(layer, table, number)] if layer else []
     parts += [_model(model, table)] if model else []
     return "\n".join(parts + ([_within_budget(short, table)] if short else []))
 
 
-def _latest(rows: list[Row]) -> list[Row]:
-    """Those of the last run."""
-    last = [(row["when"], row["commit"], row["device"]) for row in rows[-1:]]
-    return [row for row in rows if (row["when"], row["commit"], row["device"]) in last]
-
-
 def _layer(rows: list[Row], table: Table, number: Number) -> str:
-    copied = next(row["gb_per_s"] for row in reversed(read_rows("gpu")) if row["phase"] == "copy")
+    copied = next(row["gb_per_s"] for row in rows if row["phase"] == "copy")
     parts = [_LAYER.format(copy=copied, **rows[0])]
     for shape in dict.fromkeys(row["shape"] for row in rows if row["shape"]):
         own = [row for row in rows if row["shape"] == shape]

@@ -29,6 +29,12 @@ def rows_of(name: str, threads: int | None = THREADS) -> list[Row]:
     return [row for row in rows if threads is None or int(row["threads"]) == threads]
 
 
+def of_last_run(rows: list[Row]) -> list[Row]:
+    """Those of the commit and the device that the last row is of."""
+    last = [(row["commit"], row["device"]) for row in rows[-1:]]
+    return [row for row in rows if (row["commit"], row["device"]) in last]
+
+
 def devices(*names: str) -> str:
     """The processors that these files' rows are from."""
     return ", ".join(dict.fromkeys(row["device"] for name in names for row in rows_of(name)))
