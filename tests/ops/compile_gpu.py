@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from tokenselect.ops import gpu, reference
 from tokenselect.ops.gpu import around
-from tokenselect.ops.gpu.attention import attend_steps
+from tokenselect.ops.gpu.attention import Last, attend_steps
 from tokenselect.ops.gpu.reuse import decide_reuse
 from tokenselect.ops.gpu.score import Spans, score_tokens
 from tokenselect.ops.gpu.topk import Maxima, topk_tokens
@@ -102,10 +103,11 @@ def steady_step() -> None:
     votes, start_loc = score_tokens(*given, spans=spans, served=served, maxima=maxima)
     topk_tokens(votes, start_loc, 64, 1000, into=slots[:, 16:80], firsts=firsts, served=served, maxima=maxima)
     keys, rotation = case.cache.keys, angles(200, 64)
-    for if_served in (False, True):
+    last = Last(numbers, positions, firsts, 80, 200)
+    for given_last, is_settled in product((None, last), (False, True)):
         attend_steps(
             queries, keys, keys, slots.flatten(), bounds, 200, *rotation, 0.1, torch.empty_like(queries),
-            served=served, if_served=if_served,
+            served=served, last=given_last, is_settled=is_settled,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from threading import Lock
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import Distances
 from tokenselect.rotary import RotaryTable, mean_rotation
 from tokenselect.selection import num_clipped, one_distance, vote_scale
+
+if TYPE_CHECKING:
+    from tokenselect.ops.gpu.attention import Last
 
 
 class Tables:
@@ -164,7 +167,7 @@ class SteadyLayer:
             with torch.cuda.stream(tables.aside):
                 self._select(attended, flat, scale)
                 attend(served=attended.served, is_settled=True)
-            attend(served=attended.served, if_served=True)
+            attend(served=attended.served, last=self._last())
             here.wait_stream(tables.aside)
         return out[:, None]
 
@@ -203,6 +206,13 @@ class SteadyLayer:
             into=attended.slots[:, tables.selected], firsts=tables.first_candidate, served=attended.served,
             maxima=maxima,
         )  # fmt: skip
+
+    def _last(self) -> Last:
+        from tokenselect.ops.gpu.attention import Last
+
+        tables, last = self.tables, self.remembered
+        assert last is not None
+        return Last(last.numbers, tables.positions, last.first, tables.selected.stop, tables.num_slots)
 
     def _attend(self, attended: Attended, queries: Tensor, scale: float, out: Tensor, **options: Any) -> None:
         from tokenselect.ops.gpu.attention import attend_steps

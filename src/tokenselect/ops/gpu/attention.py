@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +14,30 @@ from tokenselect.ops.gpu.attention_kernels import attend_few, attend_many, gathe
 from tokenselect.ops.gpu.bounds import has_halves, on_device, on_host, overlap, precision
 
 _MOST_ROWS = 64  # queries times heads of a group that gather for themselves
-_PROGRAMS = 340  # that fill a chip, about
+_PROGRAMS = 700  # that fill a chip, about, with as many again to follow
 _FEW_KEYS, _FEW_WARPS = 32, 4  # per step of a program with few queries
 _GATHER = 32
+
+
+class Last(NamedTuple):
+    """The last selections of the blocks of a step, one of each sequence; see `reuse.decide_reuse`.
+
+    Attributes:
+        numbers: [at least 1, B] int64, first where the windows began.
+        positions: [B] int64, of the queries.
+        firsts: [B] int64, rows of the cache that hold the sequences' first tokens.
+        num_fixed: slots before those of the window.
+        num_slots: of a sequence, attended or not.
+    """
+
+    numbers: Tensor
+    positions: Tensor
+    firsts: Tensor
+    num_fixed: int
+    num_slots: int
+
+
+_NOTHING_LAST = (None, None, None, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +108,7 @@ def attend_steps(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     served: Tensor | None = None,
-    if_served: bool = False,
+    last: Last | None = None,
     is_settled: bool = False,
 ) -> None:
     """`sparse_attention` of blocks of one query, where the device alone knows how many slots each attends.
@@ -96,13 +118,13 @@ def attend_steps(
         bounds: [4 * num_blocks] int64; of each block its query, 1, where its slots begin, how many it attends.
         most_slots: that a block attends.
         out: [num_queries, num_q_heads, head_dim], contiguous; written to.
-        served: [num_blocks] int64, not 0 for blocks that attend only `if_served`; the others do only otherwise.
-        if_served: which blocks attend; without `served` all do where it is false.
+        served: [num_blocks] int64, not 0 for blocks that attend only where `last` is given; the others do otherwise.
+        last: what follows for the blocks that are served; written by no launch but the last one.
         is_settled: the last launch wrote no argument but `keys`, `values` and `slots`.
     """
     rotation, extras = (cos, sin, scale), (interleaved, softcap, sink_logits)
     call = _Call.of(queries, keys, values, slots, *rotation, *extras, out)
-    call.attend_few(1, most_slots, bounds, served, if_served, is_settled and queries.is_contiguous())
+    call.attend_few(1, most_slots, bounds, served, last, is_settled and queries.is_contiguous())
 
 
 @functools.lru_cache(maxsize=64)
@@ -171,7 +193,7 @@ class _Call:
         most_slots: int,
         bounds: Tensor,
         served: Tensor | None = None,
-        if_served: bool = False,
+        last: Last | None = None,
         is_settled: bool = False,
     ) -> None:
         """Split the slots of every block over programs, then join what they found."""
@@ -183,17 +205,17 @@ class _Call:
         sums = torch.empty((count, num_kv_heads, splits, rows, 2), dtype=torch.float32, device=device)
         attend_few[count, num_kv_heads, splits](
             self.queries, self.keys, self.values, self.slots, self.cos, self.sin, bounds,
-            served, parts, sums, self.scale, self.softcap or 1.0, *self._strides(), splits,
+            served, *(last or _NOTHING_LAST), parts, sums, self.scale, self.softcap or 1.0, *self._strides(), splits,
             D=dim, DP=padded, HALF=self.cos.shape[1], GROUP=group, ROWS=rows, BLOCK_N=_FEW_KEYS,
             INTERLEAVED=self.interleaved, HALVES=self._has_halves(), HAS_CAP=bool(self.softcap),
-            PRECISION=precision(self.queries), IF_SERVED=if_served, SETTLED=is_settled, num_warps=_FEW_WARPS,
-            num_stages=1, **overlap(device),
+            PRECISION=precision(self.queries), IF_SERVED=last is not None, SETTLED=is_settled,
+            num_warps=_FEW_WARPS, num_stages=1, **overlap(device),
         )  # fmt: skip
         sinks = sums if self.sink_logits is None else self.sink_logits
         join_splits[count, num_kv_heads, most_queries * group](
             parts, sums, sinks, bounds, served, self.out, splits,
             D=dim, DP=padded, GROUP=group, ROWS=rows, SPLITS=_power_of_2(splits),
-            HAS_SINKS=self.sink_logits is not None, IF_SERVED=if_served, num_warps=4, **overlap(device),
+            HAS_SINKS=self.sink_logits is not None, IF_SERVED=last is not None, num_warps=4, **overlap(device),
         )  # fmt: skip
 
     def attend_many(self, blocks: _Blocks) -> None:

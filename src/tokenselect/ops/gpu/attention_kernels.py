@@ -54,9 +54,23 @@ def _bounds(blocks, b):
 
 
 @triton.jit
+def _last_selection(numbers, positions, firsts, num_fixed, num_slots, b):
+    """Bounds of sequence `b` as `_bounds` and the row of its own token, which its slots may lack, if it is served."""
+    position = tl.load(positions + b)
+    length = tl.minimum(num_fixed + position + 1 - tl.load(numbers + b), num_slots).to(tl.int32)
+    return b, 1, b.to(tl.int64) * num_slots, length, tl.load(firsts + b) + position
+
+
+@triton.jit
+def _share(split, splits, length, BLOCK_N: tl.constexpr):
+    """Where a program's share of `length` slots begins: whole steps of BLOCK_N."""
+    return split * (tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N)
+
+
+@triton.jit
 def attend_few(
-    queries, keys, values, slots, cos, sin, blocks, served, parts, sums,
-    scale, softcap, key_stride, key_head_stride, value_stride, value_head_stride, splits,
+    queries, keys, values, slots, cos, sin, blocks, served, numbers, positions, firsts, num_fixed, num_slots,
+    parts, sums, scale, softcap, key_stride, key_head_stride, value_stride, value_head_stride, splits,
     D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr, HALVES: tl.constexpr, HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr, IF_SERVED: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
@@ -65,15 +79,29 @@ def attend_few(
 
     Row r is query r // GROUP of the block, query head r % GROUP of the KV head. HALVES: a vector is two halves that
     turn together, so that no element is loaded twice. Blocks that are `served` attend IF_SERVED, the others otherwise.
-    SETTLED: the launch before this one wrote nothing of what is read but keys, values and slots.
+    SETTLED: the launch before this one wrote nothing of what is read but keys, values and slots. IF_SERVED: it found
+    out who is served. A block that was served in its last step is likely to be so again and attends meanwhile, what it
+    attends follows from `numbers`, which do not change where that is so; else nothing comes of it.
     """
-    if not SETTLED:
-        after_predecessor(OVERLAP)
-    if is_served(served, tl.program_id(0)) != IF_SERVED:
-        return
     kv, split = tl.program_id(1), tl.program_id(2)
     num_kv = tl.num_programs(1)
-    first, own, begin, length = _bounds(blocks, tl.program_id(0))
+    if IF_SERVED:
+        is_likely = is_served(served, tl.program_id(0))
+        first, own, begin, length, own_slot = _last_selection(
+            numbers, positions, firsts, num_fixed, num_slots, tl.program_id(0)
+        )
+        n = _share(split, splits, length, BLOCK_N) + tl.arange(0, BLOCK_N)
+        slot = tl.load(slots + begin + n, mask=n < length, other=0)
+        if not is_likely:
+            after_predecessor(OVERLAP)
+        if not (is_likely | is_served(served, tl.program_id(0))):
+            return
+    else:
+        if not SETTLED:
+            after_predecessor(OVERLAP)
+        if is_served(served, tl.program_id(0)):
+            return
+        first, own, begin, length = _bounds(blocks, tl.program_id(0))
     d = tl.arange(0, DP)
     r = tl.arange(0, ROWS)
     at = length - own + r // GROUP
@@ -86,20 +114,22 @@ def attend_few(
         q, q_2 = q.to(dtype), q_2.to(dtype)
     else:
         q = load_rotated(rows, cos, sin, at, d, is_row, D, HALF, INTERLEAVED).to(dtype)
-    if SETTLED:
-        after_predecessor(OVERLAP)
-
-    share = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
-    last = tl.minimum(split * share + share, length)
+    begins = _share(split, splits, length, BLOCK_N)
+    if not IF_SERVED:
+        if SETTLED:
+            after_predecessor(OVERLAP)
+        n = begins + tl.arange(0, BLOCK_N)
+        slot = tl.load(slots + begin + n, mask=n < length, other=0)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, DP], tl.float32)
     head_keys = keys + kv.to(tl.int64) * key_head_stride
     head_values = values + kv.to(tl.int64) * value_head_stride
-    for start in range(split * share, last, BLOCK_N):
+    for start in range(begins, tl.minimum(_share(split + 1, splits, length, BLOCK_N), length), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         is_key = n < length
-        slot = tl.load(slots + begin + n, mask=is_key, other=0)
+        if IF_SERVED:
+            slot = tl.where(n == length - 1, own_slot, slot)
         is_value = is_key[:, None] & (d < D)[None, :]
         v = tl.load((head_values + slot * value_stride)[:, None] + d[None, :], mask=is_value, other=0.0)
         token_keys = head_keys + slot * key_stride
@@ -113,7 +143,11 @@ def attend_few(
         logits = _logits(products, scale, softcap, HAS_CAP)
         logits = tl.where(n[None, :] <= at[:, None], logits, float("-inf"))
         most, total, out = _absorb(logits, v.to(dtype), most, total, out, PRECISION)
+        slot = tl.load(slots + begin + n + BLOCK_N, mask=n + BLOCK_N < length, other=0)
 
+    if IF_SERVED:
+        after_predecessor(OVERLAP)
+        is_row = is_row & is_served(served, tl.program_id(0))
     place = ((tl.program_id(0) * num_kv + kv) * splits + split).to(tl.int64) * ROWS + r
     tl.store(sums + place * 2, most, mask=is_row)
     tl.store(sums + place * 2 + 1, total, mask=is_row)

@@ -24,8 +24,10 @@ def decide(
     SIZE: tl.constexpr, AT_ONCE: tl.constexpr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, RECENT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid [sequences]: compare queries, remember what will be new, and write the slots of the local window."""
-    after_predecessor(OVERLAP)
+    """Grid [sequences]: compare queries, remember what will be new, and write the slots of the local window.
+
+    The launch before this one wrote nothing of what is read but queries.
+    """
     row, batch = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     position, window, first = tl.load(positions + row), tl.load(numbers + row), tl.load(firsts + row)
     number = tl.arange(0, 8)
@@ -34,8 +36,9 @@ def decide(
     part, i = tl.arange(0, PARTS_PAD)[:, None], tl.arange(0, AT_ONCE)[None, :]
     inside = (part < PARTS) & (i < SIZE)
     place = (row * PARTS + part) * SIZE + i
-    now = tl.load(queries + place, mask=inside, other=0.0).to(tl.float32)
     then = tl.load(last_queries + place, mask=inside, other=0.0)
+    after_predecessor(OVERLAP)
+    now = tl.load(queries + place, mask=inside, other=0.0).to(tl.float32)
     product, square, last_square = tl.reduce((now * then, now * now, then * then), 1, _sums)
     alike = product / tl.sqrt(tl.maximum(square * last_square, 1e-30)) >= threshold  # never where there is no number
     unlike = tl.sum(((tl.arange(0, PARTS_PAD) < PARTS) & (alike == 0)).to(tl.int32), axis=0)
