@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from statistics import median
 
 from benchmarks.report import read_rows
 from benchmarks.results_of import Row, of_last_run
@@ -21,6 +22,12 @@ _PHASES = {
     "step hit": "decode step, Selection Cache hit",
     "step miss": "decode step, Selection Cache miss",
 }
+_SPEEDS = {
+    "score bf16": "scoring alone, mixed, bf16 keys, GB/s",
+    "copy of bf16 keys": "a copy of as many bytes, GB/s",
+    "score int8": "scoring alone, mixed, int8 keys, GB/s",
+    "copy of int8 keys": "a copy of as many bytes, GB/s",
+}
 _MODES = ("block bf16", "step bf16")  # the first of each is preceded by the dense kernel's time
 _LAYER = """## On a GPU
 
@@ -29,7 +36,9 @@ _LAYER = """## On a GPU
 Attention of one layer, selection included, k = 2,048, times of captured CUDA graphs: how many times faster than the
 best dense kernel that PyTorch has (cuDNN's or FlashAttention), whose times in microseconds come first. Decode steps are
 timed as they run: with the Selection Cache the device finds out by itself whether the last selection serves again, a
-hit, or not, a miss. A copy moves {copy} GB/s, bytes read and written.
+hit, or not, a miss. Calls go round over as many layers as it takes for none to find keys or chosen tokens in the L2
+cache. A copy of 1 GB moves {copy} GB/s, bytes read and written; smaller ones are faster. Scoring is counted by the
+keys alone, which it reads once; what it writes, and how it pools queries, is in its time.
 
 ![times faster than dense, by context](../benchmarks/results/gpu.png)
 """
@@ -47,8 +56,9 @@ the last selection where no KV head's queries point away from those of then; at 
 _WITHIN_BUDGET = """### Contexts within the budget
 
 The same model; {device}, commit {commit}, {when}, `{command}`. Both took turns; medians of seven turns: of a
-prompt the best of three readings, of tokens the median of 24. Short passes are as fast as the host launches kernels,
-and the layers of a prompt go through ours one by one.
+prompt the best of three readings, of tokens the median of 24. The gain is the median of the turns' own ratios, as the
+host's speed changes between turns. Short passes are as fast as the host launches kernels, and the layers of a prompt
+go through ours one by one.
 """
 
 
@@ -81,6 +91,8 @@ def _layer_rows(found: dict[tuple[str, int], Row], lengths: list[int], number: N
             ]
             yield [f"dense {kind}, us", *map(number, dense)]
         yield [title, *(f"{found[phase, n]['against_dense']}x" if (phase, n) in found else "" for n in lengths)]
+    for phase, title in _SPEEDS.items():
+        yield [title, *(number(float(found[phase, n]["gb_per_s"])) if (phase, n) in found else "" for n in lengths)]
 
 
 def _model(rows: list[Row], table: Table) -> str:
@@ -90,11 +102,13 @@ def _model(rows: list[Row], table: Table) -> str:
 
 
 def _within_budget(rows: list[Row], table: Table) -> str:
-    found = {(row["method"], row["length"], row["phase"]): float(row["p50_ms"]) for row in rows}
+    found = {(row["method"], row["length"], row["phase"]): row for row in rows}
     cells = []
     for length, phase in dict.fromkeys((row["length"], row["phase"]) for row in rows):
         dense, ours = (found[name, length, phase] for name in ("dense", "tokenselect"))
-        cells.append([f"{int(length):,}", phase, f"{dense:.1f}", f"{ours:.1f}", f"{dense / ours:.2f}x"])
+        turns = zip(*(map(float, row["times_ms"].split()) for row in (dense, ours)), strict=True)
+        gain = median(theirs / own for theirs, own in turns)
+        cells.append([f"{int(length):,}", phase, *(f"{float(r['p50_ms']):.1f}" for r in (dense, ours)), f"{gain:.2f}x"])
     return _WITHIN_BUDGET.format(**rows[0]) + "\n" + table(("tokens", "", "dense, ms", "ours, ms", "gain"), cells, 2)
 
 
