@@ -24,7 +24,9 @@ _COMMON = ("bindings", "checks", "dispatch", "paging")
 _KERNELS = ("score_tokens", "topk_tokens", "sparse_attention", "linear", "rms_norm", "quantize_rows", "pool_queries")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512")
-_X86 = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")}
+_BF16 = (*_AVX512, "-mavx512bf16")
+_AMX = (*_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
+_X86 = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": _BF16, "amx": _AMX}
 _FLAGS = (
     "-std=c++20",
     "-O3",
@@ -91,6 +93,9 @@ def _build(target: Path, folder: Path) -> None:
     flags = [*_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     variants = {"portable": ()} | (_X86 if is_x86 else {})
+    if is_x86 and not _takes(compiler, _AMX):
+        del variants["amx"]
+        flags.append("-DTS_NO_AMX")
     jobs = {folder / f"{name}.o": [*flags, _source(name)] for name in _COMMON}
     for isa, options in variants.items():
         for name in _KERNELS:
@@ -100,6 +105,12 @@ def _build(target: Path, folder: Path) -> None:
         list(pool.map(_run, commands))
     link = [*compiler, "-shared", *_LINK, *shlex.split(os.environ.get("LDFLAGS", ""))]
     _run([*link, "-o", str(target), *map(str, jobs)])
+
+
+def _takes(compiler: list[str], options: tuple[str, ...]) -> bool:
+    """Whether a compiler knows these options."""
+    asked = [*compiler, *options, "-E", "-x", "c++", os.devnull]
+    return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
 
 def _source(name: str) -> str:

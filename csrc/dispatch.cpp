@@ -6,6 +6,14 @@
 #include <new>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace tokenselect {
 
 #define TS_DECLARE(isa)                            \
@@ -27,6 +35,23 @@ TS_DECLARE(portable)
 TS_DECLARE(avx2)
 TS_DECLARE(avx512)
 TS_DECLARE(avx512_bf16)
+#if !defined(TS_NO_AMX)
+TS_DECLARE(amx)
+#endif
+#endif
+
+#if defined(__x86_64__) && !defined(TS_NO_AMX)
+// Whether there are tiles of bf16 and int8, and the system lets this process have them.
+static bool may_use_amx() {
+#if defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  constexpr int kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll && !syscall(SYS_arch_prctl, kAskFor, kTileData);
+#else
+  return false;
+#endif
+}
 #endif
 
 struct Candidate {
@@ -42,8 +67,12 @@ static const Candidate* candidates(size_t* count) {
   static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                                  __builtin_cpu_supports("avx512vnni");
+  static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   static const Candidate all[] = {
-      {&avx512_bf16_kernels, has_avx512 && __builtin_cpu_supports("avx512bf16")},
+#if !defined(TS_NO_AMX)
+      {&amx_kernels, has_bf16 && may_use_amx()},
+#endif
+      {&avx512_bf16_kernels, has_bf16},
       {&avx512_kernels, has_avx512},
       {&avx2_kernels, has_avx2},
       {&portable_kernels, true},
@@ -69,7 +98,7 @@ const Kernels& kernels(int64_t row_size) {
   const Kernels* found = in_use.load(std::memory_order_relaxed);
   if (!found) in_use = found = find("auto");
 #if defined(__x86_64__)
-  if (row_size % 32 && (found == &avx512_kernels || found == &avx512_bf16_kernels)) return avx2_kernels;
+  if (row_size % 32 && found != &portable_kernels) return avx2_kernels;
 #endif
   return *found;
 }

@@ -141,7 +141,8 @@ void score_chunk(const Group& g, int64_t chunk, int64_t first_head, int64_t num_
   char* memory = (char*)scratch(2, num_heads * room);
   float* logits = (float*)scratch(3, num_heads * size * sizeof(float));
   auto* heads = (Head<Key>*)scratch(5, num_heads * sizeof(Head<Key>));
-  vu* columns = (vu*)scratch(6, blocks_of<Key>(a.head_dim) * W * sizeof(vu));
+  vu* columns = (vu*)scratch(6, stretch_room<Key>(a.head_dim));
+  [[maybe_unused]] Tiles tiles;
   Runs runs(g, from);
   for (int64_t h = 0; h < num_heads; h++) {
     const int64_t kv_head = first_head + h;
@@ -162,7 +163,8 @@ void score_chunk(const Group& g, int64_t chunk, int64_t first_head, int64_t num_
         const float* units = head.queries.units;
         // Vectors may reach past the run's end: what follows overwrites that.
         const Logits l{set.packed, set.offsets, units, set.shifts, nullptr, head.logits + place, kStride};
-        dot_stretch<Key>(head.keys, place, n, g.head_rows, a.head_dim, columns, l);
+        if constexpr (kTiled<Key>) dot_tiles<Key>(head.keys, place, n, g.head_rows, a.head_dim, set.columns, columns, l);
+        else dot_stretch<Key>(head.keys, place, n, g.head_rows, a.head_dim, columns, l);
       }
     }
   }
@@ -279,9 +281,11 @@ void score_tokens(const ScoreArgs& a) {
     }
     switch (a.keys.dtype) {
       case DType::f32: score_group<F32>(g); break;
-      case DType::bf16: a.head_dim > kShortKey ? score_group<LongBf16>(g) : score_group<Bf16>(g); break;
+      case DType::bf16:
+        kTiled<AmxBf16> || a.head_dim > kShortKey ? score_group<AmxBf16>(g) : score_group<Bf16>(g);
+        break;
       case DType::f16: score_group<F16>(g); break;
-      case DType::i8: score_group<I8>(g); break;
+      case DType::i8: score_group<AmxI8>(g); break;
     }
     first += n;
   }

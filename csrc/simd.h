@@ -11,7 +11,7 @@
 
 #define TS_INLINE static inline __attribute__((always_inline))
 
-// TS_ISA names the namespace: portable, avx2, avx512, avx512_bf16.
+// TS_ISA names the namespace: portable, avx2, avx512, avx512_bf16, amx.
 namespace tokenselect::TS_ISA {
 
 #if defined(__AVX512F__)

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "score_group.h"
-#include "tile.h"
+#include "amx.h"
 
 namespace tokenselect::TS_ISA {
 namespace {
@@ -44,6 +44,7 @@ float amplitude_of(const Group& g, int64_t v, int64_t block, int64_t first, int6
 // Queries as they score one run of keys.
 struct Turned {
   char* packed;      // see `Logits`
+  vu* columns;       // the same turned on their side, where tiles are multiplied
   int32_t* offsets;  // [rows]
   float* shifts;     // [rows]
   int64_t run[kMaxViews] = {-1, -1};  // of each view that they were turned for
@@ -71,7 +72,8 @@ struct Queries {
   static int64_t room(const Group& g) {
     const int64_t blocks = blocks_of<Key>(g.a.head_dim), rows = g.head_rows;
     const int64_t floats = ((rows + 2) * blocks * Key::kLoaded + 6 * rows) * sizeof(float);
-    const int64_t bytes = floats + rows * (2 * blocks * kQueryBytes<Key> + sizeof(Place));
+    const int64_t columns = kTiled<Key> ? 2 * Parts(rows, W).count * blocks * W * sizeof(vu) : 0;
+    const int64_t bytes = columns + floats + rows * (2 * blocks * kQueryBytes<Key> + sizeof(Place));
     return (bytes + sizeof(vf) - 1) / sizeof(vf) * sizeof(vf);
   }
 
@@ -82,7 +84,8 @@ struct Queries {
     heads = a.num_q_heads / a.num_kv_heads, dim = a.head_dim;
     blocks = blocks_of<Key>(dim), width = blocks * Key::kLoaded;
     const int64_t bytes = rows * blocks * kQueryBytes<Key>;
-    char* packed = memory;
+    const int64_t tiles = kTiled<Key> ? Parts(rows, W).count * blocks * W : 0;
+    char* packed = memory + 2 * tiles * sizeof(vu);
     scaled = (float*)(packed + 2 * bytes);
     turned = scaled + rows * width, units = turned + width;
     float* none = units + rows;
@@ -90,6 +93,7 @@ struct Queries {
     for (int64_t d = 0; d < width; d++) none[d] = 0, turned[d] = 0;
     center = a.key_center ? a.key_center + (a.sequences[g.first_block] * a.num_kv_heads + kv_head) * dim : none;
     for (Turned& set : sets) {
+      set.columns = (vu*)memory + (&set - sets) * tiles;
       set.packed = packed, set.shifts = free, set.offsets = (int32_t*)(free + rows);
       for (int64_t row = 0; row < rows; row++) set.shifts[row] = 0, set.offsets[row] = 0;
       packed += bytes, free += 2 * rows;
@@ -124,16 +128,19 @@ struct Queries {
   // Rotates the queries of a set for these runs, unless they are already.
   void turn(Turned& set, const Runs& runs) {
     const ScoreArgs& a = g.a;
+    bool is_new = false;
     for (int64_t v = 0; v < a.num_views; v++) {
       const View& view = a.views[v];
       const int64_t mine = runs.index[v];
       if (set.run[v] == mine) continue;
-      set.run[v] = mine;
+      set.run[v] = mine, is_new = true;
       for (int64_t n = 0; n < g.num_blocks; n++) {
         const int64_t pair = g.row_of_run(v, n, mine) * a.half;
         turn(set, n * heads * a.num_views + v, view.cos + pair, view.sin + pair);
       }
     }
+    if constexpr (kTiled<Key>)
+      if (is_new) turn_queries<Key>(set.packed, g.head_rows, blocks, set.columns);
   }
 
   // One view of a block's heads; their rows lie `num_views` apart.

@@ -20,7 +20,7 @@ SETS = [] if cpu.why_missing() else cpu.instruction_sets()
 # Votes add up to 2 a block, and exponentials of 16-bit keys are kept in half precision. The reference computes
 # attention in the dtype of its inputs, the kernels in float32: they differ by what the reference rounds.
 VOTES = 2e-4
-HAVE_BYTE_PRODUCTS = ("avx512", "avx512_bf16")  # there queries of an int8 copy are rounded to 8 bits
+HAVE_BYTE_PRODUCTS = ("avx512", "avx512_bf16", "amx")  # there queries of an int8 copy are rounded to 8 bits
 ATTENTION = {torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}
 
 
@@ -39,7 +39,7 @@ def check_votes(case: Votes) -> None:
 
 def rounding(case: Votes) -> float:
     """How far a vote may be off, relative to it: AVX512-BF16 multiplies bf16 keys by queries that it rounds to bf16."""
-    return 3e-2 if case.cache.keys.dtype == torch.bfloat16 and cpu.instruction_set() == "avx512_bf16" else 0
+    return 3e-2 if case.cache.keys.dtype == torch.bfloat16 and cpu.instruction_set() in ("avx512_bf16", "amx") else 0
 
 
 def check_attention(case: Sparse) -> None:

@@ -130,7 +130,7 @@ def test_votes_by_a_centered_copy(layout: str, dim: int, scoring: str) -> None:
     scales = torch.rand(integers.shape[:2]).T.contiguous().T * scale  # strided, as the cache's
     given = (case.queries, integers, case.cache.pages, case.of, case.candidates, case.views, 0.1, case.context)
     ours, theirs = (ops.score_tokens(*given, scales, center)[0] for ops in (cpu, reference))
-    queries_of_8_bits = cpu.instruction_set() in ("avx512", "avx512_bf16")
+    queries_of_8_bits = cpu.instruction_set() in ("avx512", "avx512_bf16", "amx")
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=8e-2 if queries_of_8_bits else 0)
 
 
