@@ -5,6 +5,7 @@
 #pragma once
 
 #include "tile.h"
+#include "tiles.h"
 
 namespace tokenselect::TS_ISA {
 namespace {
@@ -27,24 +28,6 @@ struct AmxI8 : I8 {
 
 template <class Key>
 constexpr bool kTiled = __is_same(Key, AmxBf16) || __is_same(Key, AmxI8);
-
-// This thread's tiles, until it ends; others want theirs cut otherwise.
-struct Tiles {
-  Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } shape;
-    for (int i = 0; i < 8; i++) shape.bytes[i] = sizeof(vu), shape.rows[i] = W;
-    _tile_loadconfig(&shape);
-  }
-  Tiles(const Tiles&) = delete;
-  ~Tiles() { _tile_release(); }
-};
-
-// The compiler does not know what tiles read and write.
-TS_INLINE void settle() { asm volatile("" ::: "memory"); }
 
 #define TS_ADD_PRODUCT(sums, keys, queries)                           \
   if constexpr (Key::size == 1) _tile_dpbssd(sums, keys, queries);    \
@@ -109,7 +92,7 @@ int64_t stretch_room(int64_t dim) {
 // As `dot_stretch`, of queries whose columns are [part][block][W]; `room` as `stretch_room` says.
 template <class Key>
 void dot_tiles(const KeyRows& keys, int64_t i, int64_t n, int64_t rows, int64_t dim, const vu* columns, vu* room,
-               Logits l) {
+               Logits l, NextChunk& next) {
   const int64_t blocks = blocks_of<Key>(dim), width = blocks * sizeof(vu), count = (n + W - 1) / W;
   vu* sums = room + kStretch * blocks;
   float scales[kStretch];
@@ -131,16 +114,15 @@ void dot_tiles(const KeyRows& keys, int64_t i, int64_t n, int64_t rows, int64_t 
       }
     }
   }
-  Ahead ahead(keys, i, n, blocks, kKeyBytes<Key>, room);
-  for (int64_t t = 0; t < count; t++, ahead.skip(ahead.next_tile))
-    for (int64_t b = 0; b < blocks; b++, ahead.skip(ahead.next_block))
-#pragma GCC unroll 16
-      for (int c = 0; c < W; c++) ahead.ask(c % Ahead::kOfFar == 0);
   const Parts parts(rows, W);
+  const int64_t portion = (n * next.lines + count * parts.count - 1) / (count * parts.count);
   for (int64_t p = 0; p < parts.count; p++, columns += blocks * W) {
     with_rows<kTilesAtOnce>(count, [&]<int T>() { multiply_tiles<Key, T>(tiles, stride, columns, blocks, sums); });
     Logits part = l.from<Key>(parts.begin(p), blocks);
-    for (int64_t t = 0; t < count; t++, part.skip(1)) finish_tile<Key>(sums + t * W, parts.size(p), part);
+    for (int64_t t = 0; t < count; t++, part.skip(1)) {
+      next.ask(portion);
+      finish_tile<Key>(sums + t * W, parts.size(p), part);
+    }
   }
 }
 
@@ -163,7 +145,6 @@ typedef LongBf16 AmxBf16;
 typedef I8 AmxI8;
 template <class Key>
 constexpr bool kTiled = false;
-struct Tiles {};
 template <class Key>
 int64_t stretch_room(int64_t dim) {
   return blocks_of<Key>(dim) * W * sizeof(vu);

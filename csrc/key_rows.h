@@ -99,5 +99,30 @@ struct Ahead {
   __attribute__((always_inline)) void skip(int64_t bytes) { near += bytes, far += bytes; }
 };
 
+// The keys of the next chunk, asked for in portions while this one's are multiplied, into the second cache: where
+// multiplying takes no time to speak of, there is none to wait for what was asked for just before.
+struct NextChunk {
+  const char* key = nullptr;
+  const int64_t* rows = nullptr;  // of what was not asked for yet
+  int64_t stride = 0, lines = 0, line = 0, left = 0;
+
+  NextChunk() = default;
+  // Of chunks of `size` keys of so many bytes; `keys` knows both.
+  NextChunk(const KeyRows& keys, int64_t size, int64_t bytes)
+      : key(keys.key), rows(keys.rows + size), stride(keys.stride), lines((bytes + 63) / 64) {
+    const int64_t known = keys.known < 2 * size ? keys.known - size : size;
+    left = known > 0 ? known * lines : 0;
+  }
+
+  void ask(int64_t portion) {
+    if (portion > left) portion = left;
+    left -= portion;
+    for (; portion > 0; portion--) {
+      __builtin_prefetch(key + *rows * stride + line * 64, 0, 2);
+      if (++line == lines) line = 0, rows++;
+    }
+  }
+};
+
 }  // namespace
 }  // namespace tokenselect::TS_ISA

@@ -5,13 +5,14 @@
 #pragma once
 
 #include "attention.h"
+#include "tiles.h"
 #include "transpose.h"
 
 namespace tokenselect::TS_ISA {
 namespace {
 
 constexpr int NR = 2 * W;                          // keys, or dimensions, of a register tile
-constexpr int MR = W == 16 ? 12 : W == 8 ? 6 : 4;  // its rows
+constexpr int MR = kHasTiles ? 16 : W == 16 ? 12 : W == 8 ? 6 : 4;  // its rows
 constexpr int64_t kKeys = 128;                     // keys whose weights exist at once
 constexpr int64_t kGroups = 8;                     // groups that share keys while these are in cache
 constexpr int64_t kTileRows = kGroups * MR;
@@ -23,6 +24,7 @@ struct Floats {
   typedef float Element;
   static constexpr int kPair = 1;
   static constexpr DType kType = DType::f32;
+  static constexpr bool kTiled = false;
   static constexpr float kUnits = 1;  // of a logit that is 1
   static void pack(const float* x, int64_t size, float* to) { __builtin_memcpy(to, x, size * sizeof(float)); }
   static vu join(vf x, vf) { return (vu)x; }
@@ -42,6 +44,7 @@ struct Bf16Pairs {
   typedef uint16_t Element;
   static constexpr int kPair = 2;
   static constexpr DType kType = DType::bf16;
+  static constexpr bool kTiled = kHasTiles;
   static constexpr float kUnits = 1.44269504088896341f;  // weights are powers of two
   static void pack(const float* x, int64_t size, uint16_t* to) {
     for (int64_t i = 0; i < size; i += 2 * W) put(to + i, load<vf>(x + i), load<vf>(x + i + W));
@@ -79,6 +82,26 @@ TS_INLINE void add_products(const typename M::Element* a, int64_t lda, const typ
   for (int64_t k = 0; k < depth; k += M::kPair, b += NR * M::kPair)
     M::template add<MR>(a + k, lda, load<vf>(b), load<vf>(b + W * M::kPair), low, high);
 }
+
+#if defined(__AMX_TILE__)
+// The same by tiles, where operands are pairs of bf16: out [MR, NR] += a[MR, depth] . b[depth, NR].
+TS_INLINE void add_products(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t depth, float* out, int64_t ld) {
+  constexpr int64_t kRow = NR * 2 * sizeof(uint16_t);
+  settle();
+  _tile_loadd(0, out, ld * sizeof(float));
+  _tile_loadd(1, out + W, ld * sizeof(float));
+  for (int64_t k = 0; k < depth; k += 2 * W, b += 2 * W * NR) {
+    _tile_loadd(2, a + k, lda * sizeof(uint16_t));
+    _tile_loadd(3, b, kRow);
+    _tile_loadd(4, b + 2 * W, kRow);
+    _tile_dpbf16ps(0, 2, 3);
+    _tile_dpbf16ps(1, 2, 4);
+  }
+  _tile_stored(0, out, ld * sizeof(float));
+  _tile_stored(1, out + W, ld * sizeof(float));
+  settle();
+}
+#endif
 
 // Packed keys and values of one KV head: chunks of kKeys keys, padded with zeros.
 // Keys: panels of NR keys, [panel][dim][NR]; values: panels of NR dimensions, [panel][key][NR]; pairs side by side.
@@ -184,10 +207,30 @@ __attribute__((noinline)) void weigh_with_care(const Head& h, Group<M>& g, const
   g.is_new = false;
 }
 
+// As `weigh_panel`, whose logits tiles leave in memory.
+template <class M>
+void weigh_tiles(const Head& h, Group<M>& g, const typename M::Element* keys, int64_t from,
+                 typename M::Element* weights, int64_t at) {
+  alignas(64) float logits[MR * NR];
+  for (int r = 0; r < MR; r++) store(logits + r * NR, set1(g.start[r])), store(logits + r * NR + W, set1(g.start[r]));
+  add_products(g.queries, h.a.head_dim, keys, h.a.head_dim, logits, NR);
+  vf most = load<vf>(logits);
+  for (int i = W; i < MR * NR; i += W) most = vmax(most, load<vf>(logits + i));
+  if (g.is_new || h.a.softcap != 0 || from + at + NR > g.whole || mask_of(most > kRoom))
+    return weigh_with_care<M>(h, g, logits, from, weights, at);
+#pragma GCC unroll 4
+  for (int r = 0; r < MR; r++) {
+    const vf x = M::weight(load<vf>(logits + r * NR)), y = M::weight(load<vf>(logits + r * NR + W));
+    g.sums[r] += x + y;
+    M::put(weights + r * kKeys + at, x, y);
+  }
+}
+
 // Weights of the keys from + at .. from + at + NR - 1, of which `keys` is the panel.
 template <class M>
 void weigh_panel(const Head& h, Group<M>& g, const typename M::Element* keys, int64_t from,
                  typename M::Element* weights, int64_t at) {
+  if constexpr (M::kTiled) return weigh_tiles<M>(h, g, keys, from, weights, at);
   vf low[MR], high[MR];
   for (int r = 0; r < MR; r++) low[r] = high[r] = set1(g.start[r]);
   add_products<M>(g.queries, h.a.head_dim, keys, h.a.head_dim, low, high);
@@ -212,9 +255,14 @@ void attend_chunk(const Head& h, Group<M>& g, int64_t from, const Packed<M>& pac
   const int64_t dim = h.a.head_dim, left = g.seen - from, keys = left < kKeys ? (left + NR - 1) / NR * NR : kKeys;
   for (int64_t at = 0; at < keys; at += NR) weigh_panel<M>(h, g, packed.keys + (from + at) * dim, from, weights, at);
   for (int64_t d = 0; d < dim; d += NR) {
+    const typename M::Element* values = packed.values + from * dim + d * kKeys;
+    if constexpr (M::kTiled) {
+      add_products(weights, kKeys, values, keys, g.out + d, dim);
+      continue;
+    }
     vf low[MR], high[MR];
     for (int r = 0; r < MR; r++) low[r] = load<vf>(g.out + r * dim + d), high[r] = load<vf>(g.out + r * dim + d + W);
-    add_products<M>(weights, kKeys, packed.values + from * dim + d * kKeys, keys, low, high);
+    add_products<M>(weights, kKeys, values, keys, low, high);
     for (int r = 0; r < MR; r++) store(g.out + r * dim + d, low[r]), store(g.out + r * dim + d + W, high[r]);
   }
 }
@@ -257,6 +305,7 @@ void attend_large_block(const AttentionArgs& a, int64_t block) {
   };
   parallel_for(a.num_kv_heads * chunks, 1, pack);
   auto attend = [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] Tiles own;
     for (int64_t i = begin; i < end; i++) {
       // Later tiles see more: short and long ones alternate, so that every thread gets as many of each.
       const int64_t kv_head = i / tiles, turn = i % tiles, tile = turn % 2 ? tiles - 1 - turn / 2 : turn / 2;

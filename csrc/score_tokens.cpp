@@ -124,6 +124,7 @@ struct Head {
   KeyRows keys;
   Queries<Key> queries;
   float* logits;  // [head_rows, kChunk], stride kStride
+  NextChunk next;
 
   static void* operator new(size_t, void* place) { return place; }
 };
@@ -133,7 +134,7 @@ template <class Key>
 void score_chunk(const Group& g, int64_t chunk, int64_t first_head, int64_t num_heads) {
   const ScoreArgs& a = g.a;
   const int64_t from = g.begin + chunk * kChunk, to = from + kChunk < g.end ? from + kChunk : g.end;
-  constexpr int64_t kKnown = kChunk + Ahead::kMost * kStretch;
+  constexpr int64_t kKnown = kChunk + (kTiled<Key> ? kChunk : Ahead::kMost * kStretch);
   int64_t rows[kKnown];
   const int64_t known = g.end - from < kKnown ? g.end - from : kKnown;
   rows_of(a.pages, a.sequences[g.first_block], from, from + known, rows);
@@ -149,6 +150,7 @@ void score_chunk(const Group& g, int64_t chunk, int64_t first_head, int64_t num_
     Head<Key>& head = *new (heads + h) Head<Key>{keys_of<Key>(a, kv_head, h, num_heads, rows, known),
                                                  {g, kv_head, from, to, memory + h * room}, logits + h * size};
     head.queries.turn(head.queries.sets[0], runs);
+    if (kTiled<Key>) head.next = NextChunk(head.keys, kChunk, a.head_dim * Key::size);
   }
   for (int64_t at = from, next, i = 0; at < to; at = next, i++) {
     next = runs.until(g, to);
@@ -158,12 +160,12 @@ void score_chunk(const Group& g, int64_t chunk, int64_t first_head, int64_t num_
     for (int64_t place = at - from; place < next - from; place += kStretch) {
       const int64_t left = next - from - place, n = left < kStretch ? left : kStretch;
       for (int64_t h = 0; h < num_heads; h++) {
-        const Head<Key>& head = heads[h];
+        Head<Key>& head = heads[h];
         const Turned& set = head.queries.sets[i % 2];
         const float* units = head.queries.units;
         // Vectors may reach past the run's end: what follows overwrites that.
         const Logits l{set.packed, set.offsets, units, set.shifts, nullptr, head.logits + place, kStride};
-        if constexpr (kTiled<Key>) dot_tiles<Key>(head.keys, place, n, g.head_rows, a.head_dim, set.columns, columns, l);
+        if constexpr (kTiled<Key>) dot_tiles<Key>(head.keys, place, n, g.head_rows, a.head_dim, set.columns, columns, l, head.next);
         else dot_stretch<Key>(head.keys, place, n, g.head_rows, a.head_dim, columns, l);
       }
     }
@@ -285,7 +287,10 @@ void score_tokens(const ScoreArgs& a) {
         kTiled<AmxBf16> || a.head_dim > kShortKey ? score_group<AmxBf16>(g) : score_group<Bf16>(g);
         break;
       case DType::f16: score_group<F16>(g); break;
-      case DType::i8: score_group<AmxI8>(g); break;
+      case DType::i8:
+        // A few rows of bytes are multiplied while memory is waited for: tiles gain nothing there.
+        kTiled<AmxI8> && head_rows > W ? score_group<AmxI8>(g) : score_group<I8>(g);
+        break;
     }
     first += n;
   }
