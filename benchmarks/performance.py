@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from benchmarks import gpu_report, results_of, serving_report
+from benchmarks import amx_report, gpu_report, results_of, serving_report
 from benchmarks.losses import losses
 from benchmarks.must_hold import PAPER, checks
 from benchmarks.results_of import Operation, Row, Time
@@ -69,7 +69,9 @@ def render() -> str | None:
     if not results_of.devices(*results_of.FILES[:3]):
         return None
     parts = [_INTRO.format(devices=_devices(), threads=results_of.THREADS), _promises()]
-    parts += filter(None, (_operations(), _blocks(), _latency(), _short(), _serving(), _gpu(), _losses(), _origins()))
+    parts += filter(
+        None, (_operations(), _blocks(), _latency(), _short(), _serving(), _amx(), _gpu(), _losses(), _origins())
+    )
     return "\n".join(parts)
 
 
@@ -244,6 +246,10 @@ def _short() -> str:
 
 def _serving() -> str:
     return serving_report.section(table, _number)
+
+
+def _amx() -> str:
+    return amx_report.section(table, _number)
 
 
 def _gpu() -> str:

@@ -78,10 +78,10 @@ class Blocks:
         return self.fastest_dense[1].p50 / self.ours[scoring, keys].p50
 
 
-def blocks() -> dict[tuple[str, int], Blocks]:
+def blocks(name: str = "block_attention") -> dict[tuple[str, int], Blocks]:
     """By shape and length."""
     found: dict[tuple[str, int], Blocks] = {}
-    for row in rows_of("block_attention"):
+    for row in rows_of(name):
         case = found.setdefault((row["shape"], int(row["length"])), Blocks({}, {}))
         if row["method"] == "tokenselect":
             case.ours[row["scoring"], row["keys"]] = Time.of(row)

@@ -92,7 +92,7 @@ int64_t stretch_room(int64_t dim) {
 // As `dot_stretch`, of queries whose columns are [part][block][W]; `room` as `stretch_room` says.
 template <class Key>
 void dot_tiles(const KeyRows& keys, int64_t i, int64_t n, int64_t rows, int64_t dim, const vu* columns, vu* room,
-               Logits l, NextChunk& next) {
+               Logits l, FarAhead& ahead) {
   const int64_t blocks = blocks_of<Key>(dim), width = blocks * sizeof(vu), count = (n + W - 1) / W;
   vu* sums = room + kStretch * blocks;
   float scales[kStretch];
@@ -115,12 +115,12 @@ void dot_tiles(const KeyRows& keys, int64_t i, int64_t n, int64_t rows, int64_t 
     }
   }
   const Parts parts(rows, W);
-  const int64_t portion = (n * next.lines + count * parts.count - 1) / (count * parts.count);
+  const int64_t portion = (n * ahead.lines + count * parts.count - 1) / (count * parts.count);
   for (int64_t p = 0; p < parts.count; p++, columns += blocks * W) {
     with_rows<kTilesAtOnce>(count, [&]<int T>() { multiply_tiles<Key, T>(tiles, stride, columns, blocks, sums); });
     Logits part = l.from<Key>(parts.begin(p), blocks);
     for (int64_t t = 0; t < count; t++, part.skip(1)) {
-      next.ask(portion);
+      ahead.ask(portion);
       finish_tile<Key>(sums + t * W, parts.size(p), part);
     }
   }

@@ -99,19 +99,23 @@ struct Ahead {
   __attribute__((always_inline)) void skip(int64_t bytes) { near += bytes, far += bytes; }
 };
 
-// The keys of the next chunk, asked for in portions while this one's are multiplied, into the second cache: where
+// Keys that are asked for in portions while others are multiplied, into the second cache, from much further ahead: where
 // multiplying takes no time to speak of, there is none to wait for what was asked for just before.
-struct NextChunk {
+struct FarAhead {
+  static constexpr int64_t kBytes = 256 << 10;  // of all heads between asking and reading
+
   const char* key = nullptr;
   const int64_t* rows = nullptr;  // of what was not asked for yet
   int64_t stride = 0, lines = 0, line = 0, left = 0;
 
-  NextChunk() = default;
-  // Of chunks of `size` keys of so many bytes; `keys` knows both.
-  NextChunk(const KeyRows& keys, int64_t size, int64_t bytes)
-      : key(keys.key), rows(keys.rows + size), stride(keys.stride), lines((bytes + 63) / 64) {
-    const int64_t known = keys.known < 2 * size ? keys.known - size : size;
-    left = known > 0 ? known * lines : 0;
+  FarAhead() = default;
+  // As many keys as a chunk has, `size`; of `bytes` bytes each. `keys` knows those of two chunks.
+  FarAhead(const KeyRows& keys, int64_t size, int64_t bytes)
+      : key(keys.key), stride(keys.stride), lines((bytes + 63) / 64) {
+    const int64_t most = kBytes / (keys.heads * bytes) / kStretch * kStretch;
+    const int64_t ahead = most < kStretch ? kStretch : most < size ? most : size;
+    const int64_t known = keys.known < ahead + size ? keys.known - ahead : size;
+    rows = keys.rows + ahead, left = known > 0 ? known * lines : 0;
   }
 
   void ask(int64_t portion) {

@@ -124,7 +124,7 @@ struct Head {
   KeyRows keys;
   Queries<Key> queries;
   float* logits;  // [head_rows, kChunk], stride kStride
-  NextChunk next;
+  FarAhead ahead;
 
   static void* operator new(size_t, void* place) { return place; }
 };
@@ -150,7 +150,7 @@ void score_chunk(const Group& g, int64_t chunk, int64_t first_head, int64_t num_
     Head<Key>& head = *new (heads + h) Head<Key>{keys_of<Key>(a, kv_head, h, num_heads, rows, known),
                                                  {g, kv_head, from, to, memory + h * room}, logits + h * size};
     head.queries.turn(head.queries.sets[0], runs);
-    if (kTiled<Key>) head.next = NextChunk(head.keys, kChunk, a.head_dim * Key::size);
+    if (kTiled<Key>) head.ahead = FarAhead(head.keys, kChunk, a.head_dim * Key::size);
   }
   for (int64_t at = from, next, i = 0; at < to; at = next, i++) {
     next = runs.until(g, to);
@@ -165,7 +165,8 @@ void score_chunk(const Group& g, int64_t chunk, int64_t first_head, int64_t num_
         const float* units = head.queries.units;
         // Vectors may reach past the run's end: what follows overwrites that.
         const Logits l{set.packed, set.offsets, units, set.shifts, nullptr, head.logits + place, kStride};
-        if constexpr (kTiled<Key>) dot_tiles<Key>(head.keys, place, n, g.head_rows, a.head_dim, set.columns, columns, l, head.next);
+        if constexpr (kTiled<Key>)
+          dot_tiles<Key>(head.keys, place, n, g.head_rows, a.head_dim, set.columns, columns, l, head.ahead);
         else dot_stretch<Key>(head.keys, place, n, g.head_rows, a.head_dim, columns, l);
       }
     }

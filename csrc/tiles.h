@@ -30,7 +30,7 @@ struct Tiles {
 TS_INLINE void settle() { asm volatile("" ::: "memory"); }
 #else
 constexpr bool kHasTiles = false;
-struct [[maybe_unused]] Tiles {};
+struct Tiles {};
 #endif
 
 }  // namespace
