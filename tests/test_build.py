@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -107,6 +108,20 @@ def test_without_a_compiler_it_installs_and_says_what_to_do(sdist: Path, tmp_pat
     shown = run(sys.executable, "-c", "from tokenselect.cli import main; main()", *command, cwd=target, **variables)
     assert f"  cpu: {reason}\n" in shown
     assert "  reference: ready\n" in shown
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only there is AMX")
+@needs_compiler
+def test_a_compiler_that_does_not_know_amx_builds_the_other_kernels(sdist: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.write_text('#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec c++ "$@"\n')
+    old.chmod(0o755)
+    target = installed(sdist, tmp_path / "target", CXX=str(old), CXXFLAGS="-O0")
+    code = "from tokenselect.ops import cpu; print(cpu.why_missing(), *cpu.instruction_sets())"
+    shown = run(sys.executable, "-c", code, cwd=target, PYTHONPATH=str(target), TOKENSELECT_KERNELS="").split()
+    assert shown[0] == "None"
+    assert shown[-1] == "portable"
+    assert "amx" not in shown
 
 
 @pytest.mark.parametrize(

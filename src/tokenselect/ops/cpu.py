@@ -1,4 +1,4 @@
-"""The operations in native code for the CPU (csrc/): AVX2, AVX-512 or portable, whatever the processor can run.
+"""The operations in native code for the CPU (csrc/): AMX, AVX-512, AVX2 or portable, whatever the processor can run.
 
 Results are those of `ops.reference` up to rounding; scoring reads the keys once and keeps nothing that is as large.
 Arguments are checked natively (csrc/tensor.h, checks.cpp) in less than a microsecond a call, also where compiled code
