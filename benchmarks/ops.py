@@ -25,7 +25,7 @@ import typer
 
 from benchmarks.buffers import POOL_BYTES
 from benchmarks.operations import attention, score, topk
-from benchmarks.operations.case import Call, Case
+from benchmarks.operations.case import OTHER_SET, Call, Case
 from benchmarks.report import environment, known_rows, put_rows, row_key
 from benchmarks.shapes import SHAPES
 from benchmarks.stream import StreamReader
@@ -50,7 +50,10 @@ def main(
     keys: Annotated[list[str], typer.Option(help="of score_tokens")] = list(score.KEYS),  # noqa: B006
     layout: Annotated[list[str], typer.Option(help="of score_tokens")] = list(score.LAYOUTS),  # noqa: B006
     queries: Annotated[list[int], typer.Option(help="of sparse_attention")] = list(attention.QUERIES),  # noqa: B006
-    method: Annotated[list[str] | None, typer.Option(help="only these backends and baselines")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="only these backends and baselines; 'cpu, avx2': the kernels of this instruction set"),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="most runs of each, after a warm-up")] = 50,
     seconds: Annotated[float, typer.Option(help="a case is not repeated by who has taken so long")] = 1.0,
     resume: Annotated[bool, typer.Option(help="leave out what this commit has measured already")] = False,
@@ -68,7 +71,7 @@ def main(
     for case in choice.cases(length):
         for count in threads:
             torch.set_num_threads(count)
-            calls = {name: call for name, call in case.calls().items() if not method or name in method}
+            calls = {name: call for name, call in case.calls().items() if _is_wanted(name, method)}
             calls = {name: call for name, call in calls.items() if _row_key(case, name) not in done}
             if calls:
                 put_rows(NAME, [_shown(row) for row in measure(case, calls, repeats, seconds)], KEY)
@@ -135,11 +138,16 @@ def _row(case: Case, method: str, taken: list[float], bandwidth: float) -> dict[
     columns = ("operation", "scoring", "keys", "layout", "queries", "shape", "length")
     row: dict[str, Any] = {column: case.key.get(column, "") for column in columns} | {"method": method}
     times = quantiles(taken)
-    row |= {"kernels": cpu.instruction_set() if method == cpu.NAME else "", "repeats": len(taken)}
+    own = cpu.instruction_set() if method == cpu.NAME else method.removeprefix(OTHER_SET)
+    row |= {"kernels": own if method.startswith(cpu.NAME) else "", "repeats": len(taken)}
     row |= {f"{name}_ms": round(value * 1e3, 4) for name, value in times._asdict().items()}
     row |= {"mb": round(case.num_bytes / 1e6, 3), "gb_per_s": round(case.num_bytes / times.p50 / 1e9, 2)}
     row |= {"share_of_stream": round(case.num_bytes / times.p50 / bandwidth, 3)}
     return row | {"gflop_per_s": round(case.num_flops / times.p50 / 1e9, 1) if case.num_flops else ""}
+
+
+def _is_wanted(name: str, methods: list[str] | None) -> bool:
+    return name in methods if methods else not name.startswith(OTHER_SET)
 
 
 def _row_key(case: Case, method: str) -> tuple[str, ...]:

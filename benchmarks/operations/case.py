@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tokenselect.ops import BACKENDS, Backend
+from tokenselect.ops import BACKENDS, Backend, cpu
 
 Call = Callable[[int], Any]
+OTHER_SET = "cpu, "  # before the name of an instruction set, which must be asked for
 
 
 class Case(ABC):
@@ -51,7 +52,15 @@ class Case(ABC):
             for name, module in BACKENDS.items()
             if module.why_not(torch.device("cpu"), torch.bfloat16, 64) is None
         }
-        return ours | self.baselines()
+        sets = cpu.instruction_sets() if cpu.NAME in ours else []
+        return ours | {OTHER_SET + name: partial(self._by, name) for name in sets} | self.baselines()
+
+    def _by(self, instruction_set: str, variant: int) -> Any:
+        cpu.use_instruction_set(instruction_set)
+        try:
+            return self.compute(cast("Backend", cpu), variant)
+        finally:
+            cpu.use_instruction_set("auto")
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
