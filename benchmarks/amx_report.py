@@ -1,7 +1,7 @@
 """What results/block_attention_amx.csv and ops_amx.csv say: part of docs/performance.md.
 
 The same benchmarks on an Intel processor with AMX, `BENCHMARK_RESULTS` being another folder. Rows of `ops_amx.csv` are
-of two kernel sets: the one that such a processor took before there were kernels for its tiles, and these.
+of two kernel sets in turns: those that other processors with bf16 products take, and those for tiles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ them. Dense attention is that of PyTorch, which uses tiles, too. Memory gives ab
 A block of 512 tokens against the fastest dense kernel, selection included:
 """
 _OPS = """
-One operation with the kernels for tiles and with those of AVX-512 and bf16 products, in two runs (`ops_amx.csv`), ms:
+Operations with the kernels of AVX-512 and with those for tiles, in turns, ms, and what these are of a stream read;
+torch gathers, rotates and attends by SDPA ([ops_amx.csv](../benchmarks/results/ops_amx.csv), commit {commit}):
 """
 
 
@@ -35,8 +36,9 @@ def section(table: Table, number: Number) -> str:
         return ""
     head = ("shape", "tokens before", "mix bf16, ms", "mix int8, ms", "dense, ms", "gain, bf16", "gain, int8")
     parts = [_TITLE.format(**rows[-1]), table(head, _block_rows(number))]
-    head = ("operation", "shape", "tokens", "AVX-512", "AMX", "gain", "torch")
-    return "\n".join(parts) + _OPS + "\n" + table(head, _operation_rows(number), 2)
+    head = ("operation", "shape", "tokens", "AVX-512", "AMX", "gain", "share", "torch")
+    operations = _OPS.format(**read_rows("ops_amx")[-1])
+    return "\n".join(parts) + operations + "\n" + table(head, _operation_rows(number), 2)
 
 
 def _block_rows(number: Number) -> Iterator[list[str]]:
@@ -49,11 +51,13 @@ def _block_rows(number: Number) -> Iterator[list[str]]:
 def _operation_rows(number: Number) -> Iterator[list[str]]:
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in read_rows("ops_amx"):
-        if row["layout"] in ("", "contiguous") and row["scoring"] in ("", "mix") and row["operation"] != "topk_tokens":
-            case = tuple(row[name] for name in ("operation", "keys", "queries", "shape", "length"))
-            found.setdefault(case, {})[row["kernels"] or "torch"] = row
-    for (operation, keys, queries, shape, length), rows in found.items():
+        case = tuple(row[name] for name in ("operation", "keys", "layout", "queries", "shape", "length"))
+        found.setdefault(case, {})[row["kernels"] or "torch"] = row
+    for (operation, keys, layout, queries, shape, length), rows in found.items():
         before, tiles = (float(rows[name]["p50_ms"]) for name in (_BEFORE, _TILES))
+        share = f"{float(rows[_TILES]['share_of_stream']):.0%}" if operation == "score_tokens" else ""
         torch = number(float(rows["torch"]["p50_ms"])) if "torch" in rows else ""
-        name = f"`{operation}`, {keys}, {queries} quer{'y' if queries == '1' else 'ies'}"
-        yield [name, shape, f"{int(length):,}", number(before), number(tiles), f"{before / tiles:.2f}x", torch]
+        kind = layout if operation == "score_tokens" else f"{queries} quer{'y' if queries == '1' else 'ies'}"
+        gain = f"{before / tiles:.2f}x"
+        name = f"`{operation}`, {keys}, {kind}"
+        yield [name, shape, f"{int(length):,}", number(before), number(tiles), gain, share, torch]

@@ -52,7 +52,7 @@ def main(
     queries: Annotated[list[int], typer.Option(help="of sparse_attention")] = list(attention.QUERIES),  # noqa: B006
     method: Annotated[
         list[str] | None,
-        typer.Option(help="only these backends and baselines; 'cpu, avx2': the kernels of this instruction set"),
+        typer.Option(help="only these; 'cpu, avx2' are its kernels"),
     ] = None,
     repeats: Annotated[int, typer.Option(help="most runs of each, after a warm-up")] = 50,
     seconds: Annotated[float, typer.Option(help="a case is not repeated by who has taken so long")] = 1.0,
