@@ -84,6 +84,7 @@ void finish_tile(const vu* sums, int64_t rows, const Logits& l) {
   }
 }
 
+// Bytes that `dot_tiles` needs: for copies of keys that do not lie as tiles want them, and for sums.
 template <class Key>
 int64_t stretch_room(int64_t dim) {
   return (kStretch * blocks_of<Key>(dim) + kStretch) * sizeof(vu);
@@ -100,8 +101,9 @@ void dot_tiles(const KeyRows& keys, int64_t i, int64_t n, int64_t rows, int64_t 
   const char* tiles[kTilesAtOnce];
   int64_t stride = keys.stride;
   const char* first = n % W == 0 && dim % Key::kLoaded == 0 ? keys.together(i, n) : nullptr;
-  for (int64_t t = 0; t < count; t++) tiles[t] = first + t * W * stride;
-  if (!first) {
+  if (first) {
+    for (int64_t t = 0; t < count; t++) tiles[t] = first + t * W * stride;
+  } else {
     stride = width;
     for (int64_t t = 0; t < count; t++) {
       const char* each[W];

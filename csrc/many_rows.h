@@ -1,5 +1,5 @@
 // Attention of many queries, as of a block of a prompt. Keys are gathered, rotated and packed once per KV head. Then
-// groups of MR rows go over them, NR keys at a time: the logits of a group stay in registers until they are weights
+// groups of a few rows go over them, NR keys at a time: the logits of a group stay in registers until they are weights
 // (Dao, "FlashAttention-2", algorithm 1). They are counted from the largest that their row has seen, and anew only when
 // one exceeds that by much, so that as a rule nothing that was summed before has to be scaled.
 #pragma once
@@ -12,10 +12,8 @@ namespace tokenselect::TS_ISA {
 namespace {
 
 constexpr int NR = 2 * W;                          // keys, or dimensions, of a register tile
-constexpr int MR = kHasTiles ? 16 : W == 16 ? 12 : W == 8 ? 6 : 4;  // its rows
 constexpr int64_t kKeys = 128;                     // keys whose weights exist at once
 constexpr int64_t kGroups = 8;                     // groups that share keys while these are in cache
-constexpr int64_t kTileRows = kGroups * MR;
 constexpr float kRoom = 6;  // a logit may exceed what it is counted from by so much
 
 // Operands of the products: float, or pairs of bf16 where the processor multiplies those; and how logits become weights.
@@ -23,6 +21,7 @@ constexpr float kRoom = 6;  // a logit may exceed what it is counted from by so 
 struct Floats {
   typedef float Element;
   static constexpr int kPair = 1;
+  static constexpr int kRows = W == 16 ? 12 : W == 8 ? 6 : 4;  // of a register tile
   static constexpr DType kType = DType::f32;
   static constexpr bool kTiled = false;
   static constexpr float kUnits = 1;  // of a logit that is 1
@@ -43,6 +42,7 @@ struct Floats {
 struct Bf16Pairs {
   typedef uint16_t Element;
   static constexpr int kPair = 2;
+  static constexpr int kRows = kHasTiles ? 16 : 12;
   static constexpr DType kType = DType::bf16;
   static constexpr bool kTiled = kHasTiles;
   static constexpr float kUnits = 1.44269504088896341f;  // weights are powers of two
@@ -75,16 +75,19 @@ typedef Bf16Pairs HalfProducts;
 typedef Floats HalfProducts;
 #endif
 
-// low, high [MR, NR] += a[MR, depth] . b[depth, NR]; b is one packed panel.
+template <class M>
+constexpr int64_t kTileRows = kGroups * M::kRows;
+
+// low, high [rows, NR] += a[rows, depth] . b[depth, NR]; b is one packed panel.
 template <class M>
 TS_INLINE void add_products(const typename M::Element* a, int64_t lda, const typename M::Element* b, int64_t depth,
-                            vf (&low)[MR], vf (&high)[MR]) {
+                            vf (&low)[M::kRows], vf (&high)[M::kRows]) {
   for (int64_t k = 0; k < depth; k += M::kPair, b += NR * M::kPair)
-    M::template add<MR>(a + k, lda, load<vf>(b), load<vf>(b + W * M::kPair), low, high);
+    M::template add<M::kRows>(a + k, lda, load<vf>(b), load<vf>(b + W * M::kPair), low, high);
 }
 
 #if defined(__AMX_TILE__)
-// The same by tiles, where operands are pairs of bf16: out [MR, NR] += a[MR, depth] . b[depth, NR].
+// The same by tiles, where operands are pairs of bf16: out [16, NR] += a[16, depth] . b[depth, NR].
 TS_INLINE void add_products(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t depth, float* out, int64_t ld) {
   constexpr int64_t kRow = NR * 2 * sizeof(uint16_t);
   settle();
@@ -145,18 +148,18 @@ void pack_values(const Head& h, int64_t from, typename M::Element* to) {
   }
 }
 
-// MR rows that go through the products together, and what they have so far.
+// M::kRows rows that go through the products together, and what they have so far.
 template <class M>
 struct Group {
   int64_t first;  // row of the head
   int64_t rows;   // the others are padding
   int64_t whole;  // keys that all of them see
   int64_t seen;   // keys that one of them sees
-  typename M::Element* queries;  // [MR, dim]
-  float* out;                    // [MR, dim]
+  typename M::Element* queries;  // [kRows, dim]
+  float* out;                    // [kRows, dim]
   bool is_new;
-  float start[MR];  // minus what the logits of a row are counted from
-  vf sums[MR];      // of a row's weights
+  float start[M::kRows];  // minus what the logits of a row are counted from
+  vf sums[M::kRows];      // of a row's weights
 };
 
 template <class M>
@@ -164,8 +167,8 @@ Group<M> begin_group(const Head& h, int64_t first, int64_t rows, typename M::Ele
   const int64_t dim = h.a.head_dim;
   Group<M> g{first, rows, h.limit(first), h.limit(first + rows - 1), queries, out, h.a.sink_logits == nullptr};
   float* query = (float*)scratch(3, dim * sizeof(float));
-  __builtin_memset(out, 0, MR * dim * sizeof(float));
-  __builtin_memset(queries, 0, MR * dim * sizeof(typename M::Element));
+  __builtin_memset(out, 0, M::kRows * dim * sizeof(float));
+  __builtin_memset(queries, 0, M::kRows * dim * sizeof(typename M::Element));
   for (int64_t r = 0; r < rows; r++) {
     load_query(h, first + r, h.limit(first + r) - 1, query);
     for (int64_t d = 0; d < dim; d += W) store(query + d, load<vf>(query + d) * M::kUnits);
@@ -175,14 +178,14 @@ Group<M> begin_group(const Head& h, int64_t first, int64_t rows, typename M::Ele
   return g;
 }
 
-// Weights of logits [MR, NR] where rows see no more keys, are capped, or have one that exceeds what they count from.
+// Weights of logits [rows, NR] where rows see no more keys, are capped, or have one that exceeds what they count from.
 template <class M>
 __attribute__((noinline)) void weigh_with_care(const Head& h, Group<M>& g, const float* logits, int64_t from,
                                                typename M::Element* weights, int64_t at) {
   const int64_t dim = h.a.head_dim;
   vi lane{};
   for (int j = 0; j < W; j++) lane[j] = j;
-  for (int r = 0; r < MR; r++, logits += NR, weights += kKeys) {
+  for (int r = 0; r < M::kRows; r++, logits += NR, weights += kKeys) {
     vf x[2] = {load<vf>(logits), load<vf>(logits + W)};
     if (h.a.softcap != 0)
       for (vf& part : x) part = capped(part - g.start[r], h.a.softcap * M::kUnits) + g.start[r];
@@ -211,15 +214,16 @@ __attribute__((noinline)) void weigh_with_care(const Head& h, Group<M>& g, const
 template <class M>
 void weigh_tiles(const Head& h, Group<M>& g, const typename M::Element* keys, int64_t from,
                  typename M::Element* weights, int64_t at) {
-  alignas(64) float logits[MR * NR];
-  for (int r = 0; r < MR; r++) store(logits + r * NR, set1(g.start[r])), store(logits + r * NR + W, set1(g.start[r]));
+  alignas(64) float logits[M::kRows * NR];
+  for (int r = 0; r < M::kRows; r++)
+    for (int i = 0; i < NR; i += W) store(logits + r * NR + i, set1(g.start[r]));
   add_products(g.queries, h.a.head_dim, keys, h.a.head_dim, logits, NR);
   vf most = load<vf>(logits);
-  for (int i = W; i < MR * NR; i += W) most = vmax(most, load<vf>(logits + i));
+  for (int i = W; i < M::kRows * NR; i += W) most = vmax(most, load<vf>(logits + i));
   if (g.is_new || h.a.softcap != 0 || from + at + NR > g.whole || mask_of(most > kRoom))
     return weigh_with_care<M>(h, g, logits, from, weights, at);
 #pragma GCC unroll 4
-  for (int r = 0; r < MR; r++) {
+  for (int r = 0; r < M::kRows; r++) {
     const vf x = M::weight(load<vf>(logits + r * NR)), y = M::weight(load<vf>(logits + r * NR + W));
     g.sums[r] += x + y;
     M::put(weights + r * kKeys + at, x, y);
@@ -231,18 +235,18 @@ template <class M>
 void weigh_panel(const Head& h, Group<M>& g, const typename M::Element* keys, int64_t from,
                  typename M::Element* weights, int64_t at) {
   if constexpr (M::kTiled) return weigh_tiles<M>(h, g, keys, from, weights, at);
-  vf low[MR], high[MR];
-  for (int r = 0; r < MR; r++) low[r] = high[r] = set1(g.start[r]);
+  vf low[M::kRows], high[M::kRows];
+  for (int r = 0; r < M::kRows; r++) low[r] = high[r] = set1(g.start[r]);
   add_products<M>(g.queries, h.a.head_dim, keys, h.a.head_dim, low, high);
   vf most = vmax(low[0], high[0]);
-  for (int r = 1; r < MR; r++) most = vmax(most, vmax(low[r], high[r]));
+  for (int r = 1; r < M::kRows; r++) most = vmax(most, vmax(low[r], high[r]));
   if (g.is_new || h.a.softcap != 0 || from + at + NR > g.whole || mask_of(most > kRoom)) {
-    float logits[MR * NR];
-    for (int r = 0; r < MR; r++) store(logits + r * NR, low[r]), store(logits + r * NR + W, high[r]);
+    float logits[M::kRows * NR];
+    for (int r = 0; r < M::kRows; r++) store(logits + r * NR, low[r]), store(logits + r * NR + W, high[r]);
     return weigh_with_care<M>(h, g, logits, from, weights, at);
   }
 #pragma GCC unroll 12
-  for (int r = 0; r < MR; r++) {
+  for (int r = 0; r < M::kRows; r++) {
     const vf x = M::weight(low[r]), y = M::weight(high[r]);
     g.sums[r] += x + y;
     M::put(weights + r * kKeys + at, x, y);
@@ -260,10 +264,11 @@ void attend_chunk(const Head& h, Group<M>& g, int64_t from, const Packed<M>& pac
       add_products(weights, kKeys, values, keys, g.out + d, dim);
       continue;
     }
-    vf low[MR], high[MR];
-    for (int r = 0; r < MR; r++) low[r] = load<vf>(g.out + r * dim + d), high[r] = load<vf>(g.out + r * dim + d + W);
+    vf low[M::kRows], high[M::kRows];
+    float* out = g.out + d;
+    for (int r = 0; r < M::kRows; r++) low[r] = load<vf>(out + r * dim), high[r] = load<vf>(out + r * dim + W);
     add_products<M>(weights, kKeys, values, keys, low, high);
-    for (int r = 0; r < MR; r++) store(g.out + r * dim + d, low[r]), store(g.out + r * dim + d + W, high[r]);
+    for (int r = 0; r < M::kRows; r++) store(out + r * dim, low[r]), store(out + r * dim + W, high[r]);
   }
 }
 
@@ -272,13 +277,14 @@ template <class M>
 void attend_tile(const Head& h, int64_t first, int64_t last, const Packed<M>& packed) {
   typedef typename M::Element E;
   const int64_t dim = h.a.head_dim;
-  float* out = (float*)scratch(2, kTileRows * dim * sizeof(float) + (kTileRows * dim + MR * kKeys) * sizeof(E));
-  E *queries = (E*)(out + kTileRows * dim), *weights = queries + kTileRows * dim;
+  const int64_t size = kTileRows<M> * dim;
+  float* out = (float*)scratch(2, size * sizeof(float) + (size + M::kRows * kKeys) * sizeof(E));
+  E *queries = (E*)(out + size), *weights = queries + size;
   Group<M> groups[kGroups];
   int64_t count = 0;
-  for (int64_t row = first; row < last; row += MR, count++) {
+  for (int64_t row = first; row < last; row += M::kRows, count++) {
     const int64_t at = (row - first) * dim;
-    groups[count] = begin_group<M>(h, row, last - row < MR ? last - row : MR, queries + at, out + at);
+    groups[count] = begin_group<M>(h, row, last - row < M::kRows ? last - row : M::kRows, queries + at, out + at);
   }
   for (int64_t from = 0; from < groups[count - 1].seen; from += kKeys)
     for (int64_t i = 0; i < count; i++)
@@ -292,7 +298,8 @@ template <class M, DType T>
 void attend_large_block(const AttentionArgs& a, int64_t block) {
   typedef typename M::Element E;
   const Head any(a, block, 0);
-  const int64_t chunks = (any.length + kKeys - 1) / kKeys, tiles = (any.rows() + kTileRows - 1) / kTileRows;
+  const int64_t rows = any.rows(), chunks = (any.length + kKeys - 1) / kKeys;
+  const int64_t tiles = (rows + kTileRows<M> - 1) / kTileRows<M>;
   const int64_t size = Packed<M>::size(chunks, a.head_dim);
   E *keys = (E*)scratch(0, a.num_kv_heads * size * sizeof(E)), *values = (E*)scratch(1, a.num_kv_heads * size * sizeof(E));
   auto pack = [&](int64_t begin, int64_t end) {
@@ -309,7 +316,7 @@ void attend_large_block(const AttentionArgs& a, int64_t block) {
     for (int64_t i = begin; i < end; i++) {
       // Later tiles see more: short and long ones alternate, so that every thread gets as many of each.
       const int64_t kv_head = i / tiles, turn = i % tiles, tile = turn % 2 ? tiles - 1 - turn / 2 : turn / 2;
-      const int64_t first = tile * kTileRows, last = first + kTileRows < any.rows() ? first + kTileRows : any.rows();
+      const int64_t first = tile * kTileRows<M>, last = first + kTileRows<M> < rows ? first + kTileRows<M> : rows;
       attend_tile<M>(Head(a, block, kv_head), first, last, {keys + kv_head * size, values + kv_head * size});
     }
   };

@@ -1,5 +1,5 @@
-// The tiles of AMX, all of 16 rows of 64 bytes. _tile_dpbf16ps(0, 1, 2) adds to tile 0 the products of tile 1, 16 rows of
-// 32 bf16, and of tile 2, whose rows hold two for each of 16 columns.
+// The tiles of AMX, all of 16 rows of 64 bytes. _tile_dpbf16ps(0, 1, 2) adds to tile 0 the products of tile 1, 16 rows
+// of 32 bf16, and of tile 2, whose rows hold two for each of 16 columns.
 #pragma once
 
 #include "simd.h"
