@@ -25,7 +25,8 @@ A block of 512 tokens against the fastest dense kernel, selection included:
 """
 _OPS = """
 Operations with the kernels of AVX-512 and with those for tiles, in turns, ms, and what these are of a stream read;
-torch gathers, rotates and attends by SDPA ([ops_amx.csv](../benchmarks/results/ops_amx.csv), commit {commit}):
+torch gathers, rotates and attends by SDPA ([ops_amx.csv](../benchmarks/results/ops_amx.csv), commit {commit}). At
+65,536 tokens copies fill 128 MB, which this processor's last cache, 480 MB by its own account, may hold in part:
 """
 
 
