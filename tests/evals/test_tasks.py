@@ -110,7 +110,7 @@ def test_needles_are_placed_by_depth() -> None:
 
 
 def test_too_little_room_is_told(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(ValueError, match="num_tokens must leave room"):
+    with pytest.raises(ValueError, match="tokens leaves no room"):
         TASKS["niah_single_1"].make(tokenizer, 20, 0)
 
 

@@ -51,7 +51,7 @@ def fit(tokenizer: PreTrainedTokenizerBase, num_tokens: int, build: Callable[[in
         if size <= largest:
             break
     if best is None:
-        raise ValueError(f"num_tokens must leave room for the question and a text around it, got {num_tokens}")
+        raise ValueError(f"a prompt of {num_tokens} tokens leaves no room for a text around the question: allow more")
     return best
 
 

@@ -281,4 +281,4 @@ def _shrink_to_fit(build: Callable[[int], Sample], size: int, num_tokens: int) -
         if excess <= 0:
             return sample
         size -= max(1, excess * size // sample.num_tokens)
-    raise ValueError(f"num_tokens must leave room for a document around the needle, got {num_tokens}")
+    raise ValueError(f"a prompt of {num_tokens} tokens leaves no room for a document around the needle: allow more")
