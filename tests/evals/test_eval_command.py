@@ -100,7 +100,7 @@ def test_a_table_is_the_answer(
         (("--context", "4K"), "--context must be whole numbers between 1 and 2147483647, got '4K'"),
         (("--limit", "0"), "--limit must be between 1 and 2147483647, got 0"),
         (("--server", "http://localhost:1"), "--server needs --served-model"),
-        (("--context", "20"), "tokens leaves no room"),
+        (("--context", "20"), "a prompt of 20 tokens leaves no room"),
     ],
 )
 def test_nonsense_is_told_in_one_sentence(
