@@ -21,6 +21,7 @@ from tiny import LONG, save_tiny
 import tokenselect
 from tokenselect import cli, memory
 from tokenselect.config import TokenSelectConfig
+from tokenselect.ops import cpu
 from tokenselect.sampling import Sampling
 
 SMALL = (
@@ -192,6 +193,12 @@ def test_info(shell: Shell) -> None:
     facts = json.loads(shell("info", "--model", shell.model, *SMALL, "--context", "1000", "--json").out)
     assert facts["contexts"][0]["kv_bytes"] == 1000 * 2 * 2 * 2 * 8 * 4
     assert facts["model"]["layers"] == 2
+
+
+@pytest.mark.skipif(cpu.why_missing() is not None, reason="the CPU kernels are not built")
+def test_info_says_which_instructions_the_cpu_kernels_use(shell: Shell, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "tiny", num_attention_heads=2)  # heads of 16, which the kernels take
+    assert f"  cpu: ready ({cpu.instruction_set()})\n" in shell("info", "--model", model, *SMALL).out
 
 
 # ---- bench

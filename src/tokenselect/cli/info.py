@@ -58,11 +58,14 @@ def _versions() -> dict[str, Any]:
 
 
 def _backends(loaded: "LoadedModel") -> dict[str, str]:
-    """ "ready", or why not, by name."""
-    from tokenselect.ops import BACKENDS
+    """ "ready", or why not, by name; for native code on a CPU also which instructions it uses."""
+    from tokenselect.ops import BACKENDS, cpu
 
     model, head_dim = loaded.model, _head_dim(loaded)
-    return {name: module.why_not(model.device, model.dtype, head_dim) or "ready" for name, module in BACKENDS.items()}
+    found = {name: module.why_not(model.device, model.dtype, head_dim) or "ready" for name, module in BACKENDS.items()}
+    if found[cpu.NAME] == "ready":
+        found[cpu.NAME] = f"ready ({cpu.instruction_set()})"
+    return found
 
 
 def _model_facts(loaded: "LoadedModel") -> dict[str, Any]:
