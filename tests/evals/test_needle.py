@@ -144,7 +144,7 @@ def test_bad_arguments_are_named(tokenizer: PreTrainedTokenizerFast, text: str) 
         passkey(tokenizer, 1000, 0.5, "x")
     with pytest.raises(ValueError, match=r"depth must be from 0 to 1, got 1\.5"):
         fact_in_text(tokenizer, text, 1000, 1.5, "magic number")
-    with pytest.raises(ValueError, match="room for a document around the needle, got 20"):
+    with pytest.raises(ValueError, match="a prompt of 20 tokens leaves no room for a document around the needle"):
         passkey(tokenizer, 20, 0.5, "pass key")
     with pytest.raises(ValueError, match="room for a document around the needle, got 20"):
         fact_in_text(tokenizer, text, 20, 0.5, "magic number")
