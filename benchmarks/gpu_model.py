@@ -5,7 +5,7 @@
 Qwen2-7B's shape at random weights in bf16, made on the device: what is generated means nothing, how long it takes does.
 Dense is the model as Transformers runs it, SDPA over its DynamicCache, the prompt in one pass. Each method reads a
 prompt once unmeasured, so that kernels are compiled, and once measured; then it writes tokens greedily. Rows go to
-results/gpu_model.csv; `benchmarks.gpu` runs this too.
+results/gpu_model.csv.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ struct AmxBf16 : Bf16 {
 
 struct AmxI8 : I8 {
   static constexpr int kRows = 16;
-  static vu load_pieces(const char* key) { return load<vu>(key); }  // signed, as queries are
+  // Keys are signed there, as queries are: nothing was shifted.
   static vf finish(vi sum, int32_t) { return __builtin_convertvector(sum, vf); }
   static int32_t offset_of(const char*, int64_t, int64_t) { return 0; }
 };
@@ -143,6 +143,7 @@ void turn_queries(const char* packed, int64_t rows, int64_t blocks, vu* columns)
 
 #else
 
+// Without tiles: what is taken in their place.
 typedef LongBf16 AmxBf16;
 typedef I8 AmxI8;
 template <class Key>

@@ -69,6 +69,27 @@ struct Bf16Pairs {
       high[r] = (vf)_mm512_dpbf16_ps((__m512)high[r], pair, (__m512bh)y);
     }
   }
+#if defined(__AMX_TILE__)
+  // All of `add_products`; rows of sums, as those of `a` and of panels, are those of tiles as they lie in memory, `ld`
+  // bytes from one to the next.
+  TS_INLINE void add_tiles(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t depth, void* low, void* high,
+                           int64_t ld) {
+    constexpr int64_t kPanelRow = NR * kPair * sizeof(uint16_t);
+    settle();
+    _tile_loadd(0, low, ld);
+    _tile_loadd(1, high, ld);
+    for (int64_t k = 0; k < depth; k += W * kPair, b += W * kPair * NR) {
+      _tile_loadd(2, a + k, lda * sizeof(uint16_t));
+      _tile_loadd(3, b, kPanelRow);
+      _tile_loadd(4, b + W * kPair, kPanelRow);
+      _tile_dpbf16ps(0, 2, 3);
+      _tile_dpbf16ps(1, 2, 4);
+    }
+    _tile_stored(0, low, ld);
+    _tile_stored(1, high, ld);
+    settle();
+  }
+#endif
 };
 typedef Bf16Pairs HalfProducts;
 #else
@@ -82,29 +103,10 @@ constexpr int64_t kTileRows = kGroups * M::kRows;
 template <class M>
 TS_INLINE void add_products(const typename M::Element* a, int64_t lda, const typename M::Element* b, int64_t depth,
                             vf (&low)[M::kRows], vf (&high)[M::kRows]) {
+  if constexpr (M::kTiled) return M::add_tiles(a, lda, b, depth, low, high, sizeof(vf));
   for (int64_t k = 0; k < depth; k += M::kPair, b += NR * M::kPair)
     M::template add<M::kRows>(a + k, lda, load<vf>(b), load<vf>(b + W * M::kPair), low, high);
 }
-
-#if defined(__AMX_TILE__)
-// The same by tiles, where operands are pairs of bf16: out [16, NR] += a[16, depth] . b[depth, NR].
-TS_INLINE void add_products(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t depth, float* out, int64_t ld) {
-  constexpr int64_t kRow = NR * 2 * sizeof(uint16_t);
-  settle();
-  _tile_loadd(0, out, ld * sizeof(float));
-  _tile_loadd(1, out + W, ld * sizeof(float));
-  for (int64_t k = 0; k < depth; k += 2 * W, b += 2 * W * NR) {
-    _tile_loadd(2, a + k, lda * sizeof(uint16_t));
-    _tile_loadd(3, b, kRow);
-    _tile_loadd(4, b + 2 * W, kRow);
-    _tile_dpbf16ps(0, 2, 3);
-    _tile_dpbf16ps(1, 2, 4);
-  }
-  _tile_stored(0, out, ld * sizeof(float));
-  _tile_stored(1, out + W, ld * sizeof(float));
-  settle();
-}
-#endif
 
 // Packed keys and values of one KV head: chunks of kKeys keys, padded with zeros.
 // Keys: panels of NR keys, [panel][dim][NR]; values: panels of NR dimensions, [panel][key][NR]; pairs side by side.
@@ -210,31 +212,10 @@ __attribute__((noinline)) void weigh_with_care(const Head& h, Group<M>& g, const
   g.is_new = false;
 }
 
-// As `weigh_panel`, whose logits tiles leave in memory.
-template <class M>
-void weigh_tiles(const Head& h, Group<M>& g, const typename M::Element* keys, int64_t from,
-                 typename M::Element* weights, int64_t at) {
-  alignas(64) float logits[M::kRows * NR];
-  for (int r = 0; r < M::kRows; r++)
-    for (int i = 0; i < NR; i += W) store(logits + r * NR + i, set1(g.start[r]));
-  add_products(g.queries, h.a.head_dim, keys, h.a.head_dim, logits, NR);
-  vf most = load<vf>(logits);
-  for (int i = W; i < M::kRows * NR; i += W) most = vmax(most, load<vf>(logits + i));
-  if (g.is_new || h.a.softcap != 0 || from + at + NR > g.whole || mask_of(most > kRoom))
-    return weigh_with_care<M>(h, g, logits, from, weights, at);
-#pragma GCC unroll 4
-  for (int r = 0; r < M::kRows; r++) {
-    const vf x = M::weight(load<vf>(logits + r * NR)), y = M::weight(load<vf>(logits + r * NR + W));
-    g.sums[r] += x + y;
-    M::put(weights + r * kKeys + at, x, y);
-  }
-}
-
 // Weights of the keys from + at .. from + at + NR - 1, of which `keys` is the panel.
 template <class M>
 void weigh_panel(const Head& h, Group<M>& g, const typename M::Element* keys, int64_t from,
                  typename M::Element* weights, int64_t at) {
-  if constexpr (M::kTiled) return weigh_tiles<M>(h, g, keys, from, weights, at);
   vf low[M::kRows], high[M::kRows];
   for (int r = 0; r < M::kRows; r++) low[r] = high[r] = set1(g.start[r]);
   add_products<M>(g.queries, h.a.head_dim, keys, h.a.head_dim, low, high);
@@ -260,12 +241,12 @@ void attend_chunk(const Head& h, Group<M>& g, int64_t from, const Packed<M>& pac
   for (int64_t at = 0; at < keys; at += NR) weigh_panel<M>(h, g, packed.keys + (from + at) * dim, from, weights, at);
   for (int64_t d = 0; d < dim; d += NR) {
     const typename M::Element* values = packed.values + from * dim + d * kKeys;
-    if constexpr (M::kTiled) {
-      add_products(weights, kKeys, values, keys, g.out + d, dim);
+    float* out = g.out + d;
+    if constexpr (M::kTiled) {  // in place
+      M::add_tiles(weights, kKeys, values, keys, out, out + W, dim * sizeof(float));
       continue;
     }
     vf low[M::kRows], high[M::kRows];
-    float* out = g.out + d;
     for (int r = 0; r < M::kRows; r++) low[r] = load<vf>(out + r * dim), high[r] = load<vf>(out + r * dim + W);
     add_products<M>(weights, kKeys, values, keys, low, high);
     for (int r = 0; r < M::kRows; r++) store(out + r * dim, low[r]), store(out + r * dim + W, high[r]);
@@ -312,7 +293,7 @@ void attend_large_block(const AttentionArgs& a, int64_t block) {
   };
   parallel_for(a.num_kv_heads * chunks, 1, pack);
   auto attend = [&](int64_t begin, int64_t end) {
-    [[maybe_unused]] Tiles own;
+    [[maybe_unused]] Tiles<M::kTiled> own;
     for (int64_t i = begin; i < end; i++) {
       // Later tiles see more: short and long ones alternate, so that every thread gets as many of each.
       const int64_t kv_head = i / tiles, turn = i % tiles, tile = turn % 2 ? tiles - 1 - turn / 2 : turn / 2;

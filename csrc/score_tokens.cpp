@@ -143,7 +143,7 @@ void score_chunk(const Group& g, int64_t chunk, int64_t first_head, int64_t num_
   float* logits = (float*)scratch(3, num_heads * size * sizeof(float));
   auto* heads = (Head<Key>*)scratch(5, num_heads * sizeof(Head<Key>));
   vu* columns = (vu*)scratch(6, stretch_room<Key>(a.head_dim));
-  [[maybe_unused]] Tiles tiles;
+  [[maybe_unused]] Tiles<kTiled<Key>> tiles;
   Runs runs(g, from);
   for (int64_t h = 0; h < num_heads; h++) {
     const int64_t kv_head = first_head + h;

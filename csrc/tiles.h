@@ -7,11 +7,15 @@
 namespace tokenselect::TS_ISA {
 namespace {
 
+// This thread's tiles, until it ends, where they are `Used`; others want theirs cut otherwise.
+template <bool Used>
+struct Tiles {};
+
 #if defined(__AMX_TILE__)
 constexpr bool kHasTiles = true;
 
-// This thread's tiles, until it ends; others want theirs cut otherwise.
-struct Tiles {
+template <>
+struct Tiles<true> {
   Tiles() {
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -30,7 +34,6 @@ struct Tiles {
 TS_INLINE void settle() { asm volatile("" ::: "memory"); }
 #else
 constexpr bool kHasTiles = false;
-struct Tiles {};
 #endif
 
 }  // namespace

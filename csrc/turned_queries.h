@@ -1,8 +1,8 @@
 // The queries of one chunk of keys: turned by the distance that the keys of a run count as having, and packed.
 #pragma once
 
-#include "score_group.h"
 #include "amx.h"
+#include "score_group.h"
 
 namespace tokenselect::TS_ISA {
 namespace {
@@ -68,12 +68,18 @@ struct Queries {
   Place* places;  // [rows]
   Turned sets[2];
 
-  // Bytes that it needs, in whole vectors: two packed sets, what is scaled, turned and added, and places in the sets.
+  // Of a set that is turned on its side.
+  static int64_t num_columns(int64_t rows, int64_t blocks) {
+    return kTiled<Key> ? Parts(rows, W).count * blocks * W : 0;
+  }
+
+  // Bytes that it needs, in whole vectors: two sets, packed and perhaps turned on their side, what is scaled, turned
+  // and added, and places in the sets.
   static int64_t room(const Group& g) {
     const int64_t blocks = blocks_of<Key>(g.a.head_dim), rows = g.head_rows;
     const int64_t floats = ((rows + 2) * blocks * Key::kLoaded + 6 * rows) * sizeof(float);
-    const int64_t columns = kTiled<Key> ? 2 * Parts(rows, W).count * blocks * W * sizeof(vu) : 0;
-    const int64_t bytes = columns + floats + rows * (2 * blocks * kQueryBytes<Key> + sizeof(Place));
+    const int64_t columns = num_columns(rows, blocks) * sizeof(vu);
+    const int64_t bytes = 2 * columns + floats + rows * (2 * blocks * kQueryBytes<Key> + sizeof(Place));
     return (bytes + sizeof(vf) - 1) / sizeof(vf) * sizeof(vf);
   }
 
@@ -84,8 +90,8 @@ struct Queries {
     heads = a.num_q_heads / a.num_kv_heads, dim = a.head_dim;
     blocks = blocks_of<Key>(dim), width = blocks * Key::kLoaded;
     const int64_t bytes = rows * blocks * kQueryBytes<Key>;
-    const int64_t tiles = kTiled<Key> ? Parts(rows, W).count * blocks * W : 0;
-    char* packed = memory + 2 * tiles * sizeof(vu);
+    vu* columns = (vu*)memory;
+    char* packed = (char*)(columns + 2 * num_columns(rows, blocks));
     scaled = (float*)(packed + 2 * bytes);
     turned = scaled + rows * width, units = turned + width;
     float* none = units + rows;
@@ -93,10 +99,9 @@ struct Queries {
     for (int64_t d = 0; d < width; d++) none[d] = 0, turned[d] = 0;
     center = a.key_center ? a.key_center + (a.sequences[g.first_block] * a.num_kv_heads + kv_head) * dim : none;
     for (Turned& set : sets) {
-      set.columns = (vu*)memory + (&set - sets) * tiles;
-      set.packed = packed, set.shifts = free, set.offsets = (int32_t*)(free + rows);
+      set.columns = columns, set.packed = packed, set.shifts = free, set.offsets = (int32_t*)(free + rows);
       for (int64_t row = 0; row < rows; row++) set.shifts[row] = 0, set.offsets[row] = 0;
-      packed += bytes, free += 2 * rows;
+      columns += num_columns(rows, blocks), packed += bytes, free += 2 * rows;
     }
     places = (Place*)(none + width + 4 * rows + rows % 2);
     const Parts parts(rows, Key::kRows);
