@@ -65,8 +65,12 @@ def main(
     choice = Choice(operation, shape, scoring, keys, layout, queries)
     torch.manual_seed(0)
     keep_freed_memory(torch.device("cpu"))  # as every host does: results lie in memory that is there already
+    known: set[str] = set()
     for case in choice.cases([_GATE_LENGTH]):
+        known |= case.calls().keys()
         refuse_wrong_results(case)
+    if unknown := [name for name in method or [] if name not in known]:
+        raise typer.BadParameter(f"--method must be one of {'; '.join(sorted(known))}, got {unknown[0]!r}")
     done = known_rows(NAME, KEY) if resume else set()
     for case in choice.cases(length):
         for count in threads:
