@@ -367,6 +367,42 @@ def test_attention_of_blocks_of_any_size(own: int, length: int, dtype: torch.dty
     check_attention(block_case(own, length, dtype))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("last_served", [0, 1])
+def test_steps_attend_what_their_last_selection_says_where_it_serves(last_served: int, interleaved: bool) -> None:
+    from tokenselect.ops.gpu.attention import Last, attend_steps
+
+    num_fixed, num_slots = 23, 160  # of a sequence: sinks and selected tokens, and with the local window
+    positions, windows, firsts = torch.tensor([450, 400]), torch.tensor([350, 395]), torch.tensor([0, 500])
+    lengths = num_fixed + positions + 1 - windows
+    keys, values = (torch.randn(1000, 2, 64, device=DEVICE) for _ in range(2))
+    queries, (cos, sin) = torch.randn(2, 4, 64, device=DEVICE), (part.to(DEVICE) for part in angles(num_slots, 32))
+    slots = torch.stack([first + torch.randperm(300)[:num_slots] for first in firsts])
+    for row, (length, window, first) in enumerate(zip(lengths, windows, firsts, strict=True)):
+        slots[row, num_fixed:length] = first + window + torch.arange(int(length) - num_fixed)
+    starts = torch.tensor([0, int(lengths[0]), int(lengths.sum())])
+    attended = torch.cat([slots[row, :length] for row, length in enumerate(lengths.tolist())])
+    given = (queries, keys, values, torch.arange(3), attended.to(DEVICE), starts, cos, sin, 0.125)
+    expected = reference.sparse_attention(*given, interleaved=interleaved)
+
+    served = torch.tensor([last_served, 1 - last_served])
+    bounds = torch.stack((torch.arange(2), torch.ones(2, dtype=torch.int64), torch.arange(2) * num_slots, lengths), 1)
+    numbers, served = torch.stack((windows, served)).to(DEVICE), served.to(DEVICE)
+    last = Last(numbers, positions.to(DEVICE), firsts.to(DEVICE), num_fixed, num_slots)
+    made = torch.full_like(queries, 7.0)
+    for given_last in (None, last):
+        if given_last is not None:  # who is served has yet to be told where its own token lies
+            slots[torch.arange(2), lengths - 1] = 0
+        attend_steps(
+            queries, keys, values, slots.flatten().to(DEVICE), bounds.flatten().to(DEVICE), num_slots, cos, sin, 0.125,
+            made, interleaved=interleaved, served=served, last=given_last,
+        )  # fmt: skip
+        done = served == (given_last is not None)
+        torch.testing.assert_close(made[done], expected[done], atol=2e-5, rtol=0)
+        if given_last is None:
+            assert (made[~done] == 7).all()
+
+
 def test_queries_of_no_block_get_zeros() -> None:
     case = sparse_case()
     case.queries = torch.cat((case.queries, torch.full((2, 6, 16), float("nan"))))

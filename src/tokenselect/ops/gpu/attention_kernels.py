@@ -146,8 +146,7 @@ def attend_few(
         slot = tl.load(slots + begin + n + BLOCK_N, mask=n + BLOCK_N < length, other=0)
 
     if IF_SERVED:
-        after_predecessor(OVERLAP)
-        is_row = is_row & is_served(served, tl.program_id(0))
+        after_predecessor(OVERLAP)  # before anything is written; of a block that is not served it is not read
     place = ((tl.program_id(0) * num_kv + kv) * splits + split).to(tl.int64) * ROWS + r
     tl.store(sums + place * 2, most, mask=is_row)
     tl.store(sums + place * 2 + 1, total, mask=is_row)
