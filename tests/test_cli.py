@@ -260,6 +260,8 @@ def test_mistakes_of_bench(shell: Shell, args: tuple[str, ...], told: str) -> No
 
 def test_version_help_and_completion(shell: Shell) -> None:
     assert shell("--version") == (0, f"tokenselect {tokenselect.__version__}\n", "")
+    module = subprocess.run([sys.executable, "-m", "tokenselect", "--version"], capture_output=True, text=True)
+    assert module.stdout == f"tokenselect {tokenselect.__version__}\n"
     assert "generate" in shell().out
     assert shell("--show-completion").code in (0, 1)  # 1: the tests' own shell is unknown
 

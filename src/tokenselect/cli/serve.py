@@ -55,11 +55,14 @@ def serve(
 
 def _run() -> None:
     """What `vllm serve` does with its flags; its own command does not start where vLLM came as another package."""
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.entrypoints.cli.serve import ServeSubcommand, make_arg_parser
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.common.startup import cli_env_setup
+    except ImportError:  # vLLM 0.32
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser(prog="tokenselect serve")).parse_args()

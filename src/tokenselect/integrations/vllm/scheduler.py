@@ -54,8 +54,8 @@ class TokenSelectScheduler(Scheduler):
         whole: int = end // config.block_size * config.block_size
         return max(0, whole - start)
 
-    def _get_computed_blocks(self, request: Any) -> tuple[Any, int, int]:
-        blocks, hit, boundary = self._look_up(request)
+    def _get_computed_blocks(self, request: Any, *limits: Any) -> tuple[Any, int, int]:
+        blocks, hit, boundary = self._look_up(request, *limits)  # limits: from vLLM 0.33 on
         if self._attends_whole(request):
             return blocks, hit, boundary
         step = math.lcm(self._config(request).block_size, self.block_size)
