@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, StoppingCriteriaList, TextIteratorStreamer
 
 from tokenselect.embedded import quiet_transformers
+from tokenselect.integrations.cache_name import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -143,10 +144,10 @@ class Generation:
         model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            past_key_values=self._cache,
             streamer=self._recorder,
             stopping_criteria=StoppingCriteriaList([self._stopped]),
             pad_token_id=_pad_token(model, tokenizer),
+            **{CACHE: self._cache},
             **self._sampling.generate_options(),
         )
 

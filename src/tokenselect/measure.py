@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from transformers import Cache, DynamicCache
 
+from tokenselect.integrations.cache_name import CACHE
 from tokenselect.methods import attach
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def read_and_write(
         token, started = ids, time.perf_counter()
         for _ in range(num_steps + 1):
             before = time.perf_counter()
-            token = loaded.model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+            token = loaded.model(token, logits_to_keep=1, **{CACHE: cache}).logits[:, -1].argmax(-1, keepdim=True)
             run.steps_s.append(time.perf_counter() - before)
             run.tokens.append(int(token))
     run.prefill_s = run.steps_s.pop(0)

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from tokenselect.evals.forced import ForcedBackend, force, token_positions
 from tokenselect.evals.prefix import Prefix
+from tokenselect.integrations.cache_name import CACHE
 from tokenselect.methods import METHODS, attach
 
 if TYPE_CHECKING:
@@ -102,10 +103,10 @@ class Answerer:
         out = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            past_key_values=self._cache(ids[0]),
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id or 0,
+            **{CACHE: self._cache(ids[0])},
         )
         return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tokenselect.integrations.cache_name import CACHE_NAMES
 from tokenselect.integrations.captured import Captured, Shared
 from tokenselect.integrations.rewrites import constants, fuse_norms, join_linears, leave_out_rotation
 from tokenselect.integrations.undo import override, own_of
@@ -188,7 +189,7 @@ def _trace_layer(
     Raises:
         CannotTrace: it uses more than its input, its own tensors and its cache.
     """
-    cache = {name: _Recording(index) for name in ("past_key_values", "layer_past") if kwargs.get(name) is not None}
+    cache = {name: _Recording(index) for name in CACHE_NAMES if kwargs.get(name) is not None}
     given = {**kwargs, **cache}
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
 

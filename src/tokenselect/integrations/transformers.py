@@ -28,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from tokenselect.cache import Owner, RawKeyLayer
 from tokenselect.config import TokenSelectConfig
 from tokenselect.hardware import keep_freed_memory
+from tokenselect.integrations.cache_name import CACHE, CACHE_NAMES, cache_in
 from tokenselect.integrations.host import Host, check_offload, inspect_model, learn_rotary
 from tokenselect.integrations.passes import plan_pass
 from tokenselect.integrations.room import with_room
@@ -129,7 +130,7 @@ class TokenSelect:
         """`model.generate`, which tells where the prompt ends and what is not supported."""
         _refuse_generation(self.model, kwargs)
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
         end = None
         if mask is not None:
             end = mask.shape[-1]
@@ -152,13 +153,14 @@ class TokenSelect:
         inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if inputs is None or not inputs.shape[1]:
             return original(**kwargs)  # which says what is missing
-        cache, owner = self._prepare_cache(kwargs.get("past_key_values"))
+        name = next((name for name in CACHE_NAMES if name in kwargs), CACHE)
+        cache, owner = self._prepare_cache(kwargs.get(name))
         past, length = cache.get_seq_length(), inputs.shape[1]
         padding = _left_padding(kwargs.get("attention_mask"), inputs.shape[0], past + length)
         _check_positions(kwargs.get("position_ids"), padding, past, length)
         as_tuple = kwargs.pop("return_dict", True) is False
         keeps_cache = kwargs.get("use_cache") is not False
-        kwargs.update(past_key_values=cache, use_cache=True)
+        kwargs.update({name: cache, "use_cache": True})
         owner.reserve = past + length + self.config.block_size
         if length > 1:
             self._steps.forget_weights()
@@ -205,8 +207,7 @@ class TokenSelect:
 
     def _layer(self, index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A decoder layer's forward; passes of a shape that comes often take its traced program."""
-        cache: Any = kwargs.get("past_key_values", kwargs.get("layer_past"))
-        own = cache.layers[index]
+        own = cache_in(kwargs).layers[index]
         if own.owner.traced and len(args) == 1 and kwargs.get("attention_mask") is None:
             hidden = args[0].contiguous()
             if program := self._steps.find(index, layer, original, hidden, kwargs):
@@ -217,8 +218,7 @@ class TokenSelect:
         """An attention module's forward, with its cache and positions that leave queries and keys raw."""
         if not self.host.config._attn_implementation.startswith(_PREFIX):
             raise RuntimeError("the attention implementation was changed inside TokenSelect: leave it first")
-        cache: Any = kwargs.get("past_key_values", kwargs.get("layer_past"))
-        kwargs.update(position_embeddings=self._identity, tokenselect=cache.layers[index])
+        kwargs.update(position_embeddings=self._identity, tokenselect=cache_in(kwargs).layers[index])
         return original(*args, **kwargs)
 
     def _prepare_cache(self, cache: Any) -> tuple[Any, Owner]:
@@ -385,9 +385,9 @@ def _slice_inputs(kwargs: dict[str, Any], past: int, start: int, end: int) -> di
 def _merge(outputs: list[Any], cache: Cache | None) -> BaseModelOutputWithPast:
     """One output from those of the chunks."""
     merged = dict(outputs[0])
-    merged.pop("past_key_values", None)
+    merged.pop(CACHE, None)
     if cache is not None:
-        merged["past_key_values"] = cache
+        merged[CACHE] = cache
     if len(outputs) > 1:
         merged["last_hidden_state"] = torch.cat([part.last_hidden_state for part in outputs], dim=1)
         for name, dim in (("hidden_states", 1), ("router_logits", 0)):

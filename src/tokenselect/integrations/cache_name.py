@@ -1,0 +1,18 @@
+"""What Transformers calls the cache of a model: `cache` from 5.24 on, `past_key_values` before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # the last one: layers of GPT-NeoX, before 5.24
+# That of arguments and outputs.
+CACHE = CACHE_NAMES[0 if any(item.name == "cache" for item in fields(BaseModelOutputWithPast)) else 1]
+
+
+def cache_in(given: Mapping[str, Any]) -> Any:
+    """The cache among arguments, by whatever name; None: there is none."""
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
