@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from benchmarks import eval_rows, fidelity_tables
+from benchmarks.ahead import where_ahead
 from benchmarks.performance import table
 from benchmarks.published import published
 from benchmarks.report import read_rows
@@ -78,6 +79,7 @@ def _of_device(device: str, cells: Mapping[Name, Cell]) -> Iterator[str]:
         if of_family:
             yield f"### {family[0].upper()}{family[1:]}\n"
             yield _scores(of_family, cells)
+    yield from filter(None, [where_ahead(cells)])
     yield _TIMES + "\n" + _seconds(cells)
 
 

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "src" / "tokenselect"
 
 # What each part may import, from the top down.
 LAYERS = [
+    {"__main__"},
     {"cli", "demo"},
     {"llm", "generation", "sampling"},
     {"methods", "evals", "models", "embedded", "measure", "memory", "stats", "inspect"},

@@ -1,0 +1,57 @@
+"""Of docs/evaluation.md: the cells in which another method scores higher than the default settings, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from statistics import mean
+
+from benchmarks.performance import table
+from tokenselect.evals.cells import Cell, Name
+from tokenselect.evals.statistics import mcnemar
+from tokenselect.evals.tasks import TASKS
+
+_OURS = "tokenselect"
+_HEAD = ("task", "tokens", "method", "samples", "tokenselect", "it", "samples better : worse", "p")
+_TEXT = """### Where another method is ahead
+
+Every cell in which another method's mean is higher, over the samples that both answered: means in percent, how many
+samples tokenselect answers better and worse, and the exact p of the sign test.
+"""
+# Why, of what is more than a sample or two.
+_REASONS = {
+    "frequent_words": "the words of the answer are everywhere, so a few hundred tokens show which they are, and the"
+    " fewer are attended the better this model counts: dense attention gets worse with every doubling within the"
+    " window.",
+    "niah_multiquery": "four numbers are asked for and some of their tokens are not chosen: forced into the selection"
+    " they are found as often as YaRN finds them.",
+    "niah_multivalue": "as niah_multiquery: with its needles forced in tokenselect finds as many or more.",
+    "niah_single_3": "a code of 36 characters must be copied. Forced into the selection it is copied no better: what"
+    " costs is that attended tokens move together, which YaRN leaves where they are.",
+}
+
+
+def where_ahead(cells: Mapping[Name, Cell]) -> str:
+    """The section on one machine's cells; empty where nobody is ahead."""
+    rows = list(_rows(cells))
+    if not rows:
+        return ""
+    reasons = [f"- `{task}`: {why}" for task, why in _REASONS.items() if any(row[0] == task for row in rows)]
+    return "\n".join([_TEXT, table(_HEAD, rows, text_columns=1), *reasons, *([""] if reasons else [])])
+
+
+def _rows(cells: Mapping[Name, Cell]) -> Iterator[list[str]]:
+    order = list(TASKS)
+    for name in sorted((name for name in cells if name.task in TASKS), key=lambda n: (order.index(n.task), *n[1:])):
+        ours = cells.get(name._replace(method=_OURS, settings=""))
+        if ours is not None and not name.settings and not name.method.startswith(_OURS):
+            yield from _row(name, ours.scores, cells[name].scores)
+
+
+def _row(name: Name, ours: Mapping[int, float], theirs: Mapping[int, float]) -> Iterator[list[str]]:
+    pairs = [(ours[i], theirs[i]) for i in sorted(ours.keys() & theirs.keys())]
+    if not pairs or sum(a for a, _ in pairs) >= sum(b for _, b in pairs):
+        return
+    test = mcnemar([a > b for a, b in pairs], [b > a for a, b in pairs])
+    means = [f"{100 * mean(scores):.1f}" for scores in zip(*pairs, strict=True)]
+    counts = f"{test.only_first} : {test.only_second}"
+    yield [name.task, f"{name.length:,}", name.method, str(len(pairs)), *means, counts, f"{test.p:.2g}"]
