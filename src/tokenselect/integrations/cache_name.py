@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # the last one: layers of GPT-NeoX, before 5.24
@@ -16,3 +17,18 @@ CACHE = CACHE_NAMES[0 if any(item.name == "cache" for item in fields(BaseModelOu
 def cache_in(given: Mapping[str, Any]) -> Any:
     """The cache among arguments, by whatever name; None: there is none."""
     return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+
+
+def handed_cache(given: Mapping[str, Any]) -> Any:
+    """The cache among the arguments that a layer is handed.
+
+    Raises:
+        NotImplementedError: there is none, which is so where a later Transformers calls it by another name.
+    """
+    cache = cache_in(given)
+    if cache is None:
+        raise NotImplementedError(
+            f"Transformers {transformers.__version__} hands its layers no cache by a known name "
+            f"({', '.join(CACHE_NAMES)}): install a later tokenselect, or an earlier Transformers"
+        )
+    return cache

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from tokenselect.cache import Owner, RawKeyLayer
 from tokenselect.config import TokenSelectConfig
 from tokenselect.hardware import keep_freed_memory
-from tokenselect.integrations.cache_name import CACHE, CACHE_NAMES, cache_in
+from tokenselect.integrations.cache_name import CACHE, CACHE_NAMES, cache_in, handed_cache
 from tokenselect.integrations.host import Host, check_offload, inspect_model, learn_rotary
 from tokenselect.integrations.passes import plan_pass
 from tokenselect.integrations.room import with_room
@@ -207,7 +207,7 @@ class TokenSelect:
 
     def _layer(self, index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A decoder layer's forward; passes of a shape that comes often take its traced program."""
-        own = cache_in(kwargs).layers[index]
+        own = handed_cache(kwargs).layers[index]
         if own.owner.traced and len(args) == 1 and kwargs.get("attention_mask") is None:
             hidden = args[0].contiguous()
             if program := self._steps.find(index, layer, original, hidden, kwargs):
@@ -218,7 +218,7 @@ class TokenSelect:
         """An attention module's forward, with its cache and positions that leave queries and keys raw."""
         if not self.host.config._attn_implementation.startswith(_PREFIX):
             raise RuntimeError("the attention implementation was changed inside TokenSelect: leave it first")
-        kwargs.update(position_embeddings=self._identity, tokenselect=cache_in(kwargs).layers[index])
+        kwargs.update(position_embeddings=self._identity, tokenselect=handed_cache(kwargs).layers[index])
         return original(*args, **kwargs)
 
     def _prepare_cache(self, cache: Any) -> tuple[Any, Owner]:
