@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from benchmarks.llama import Llama
 from tokenselect.config import TokenSelectConfig
+from tokenselect.integrations.cache_name import CACHE
 from tokenselect.measure import Run, read_and_write, warm_up
 from tokenselect.models import LoadedModel
 from tokenselect.ops import cpu
@@ -101,7 +102,7 @@ class DenseEngine(TransformersEngine):
             some = slice(first, first + _PIECES_AT_ONCE * BLOCK)
             pieces, cache = ids[0, some].view(-1, BLOCK), DynamicCache(config=self.loaded.model.config)
             own = positions[some].view(-1, BLOCK)
-            self.loaded.model(pieces, past_key_values=cache, position_ids=own, logits_to_keep=1)
+            self.loaded.model(pieces, **{CACHE: cache}, position_ids=own, logits_to_keep=1)
             for index, layer in enumerate(cache.layers):
                 self._cache.update(*(_in_line(part) for part in (layer.keys, layer.values)), index)
 

@@ -25,6 +25,7 @@ from benchmarks.report import RESULTS
 from benchmarks.rows import Rows
 from tokenselect.config import TokenSelectConfig
 from tokenselect.evals.fidelity import NUM_STEPS, NUM_TAIL, ORACLES, PHASES, Candidate, Found, Sums, measure_fidelity
+from tokenselect.integrations.cache_name import CACHE
 from tokenselect.methods import METHODS, attach, choice
 from tokenselect.models import LoadedModel, load_model
 
@@ -140,8 +141,8 @@ def distributions(loaded: LoadedModel, ids: Tensor, method: str) -> dict[str, Te
     model, prompt = loaded.model, ids.shape[1] - NUM_STEPS
     cache = DynamicCache(config=model.config)
     with attach(model, method, _SELECT):
-        read = model(ids[:, :prompt], past_key_values=cache, logits_to_keep=_COMPARED - NUM_STEPS).logits[0]
-        steps = [model(ids[:, at : at + 1], past_key_values=cache).logits[0] for at in range(prompt, ids.shape[1])]
+        read = model(ids[:, :prompt], **{CACHE: cache}, logits_to_keep=_COMPARED - NUM_STEPS).logits[0]
+        steps = [model(ids[:, at : at + 1], **{CACHE: cache}).logits[0] for at in range(prompt, ids.shape[1])]
     parts = {"prefill": read[:-NUM_TAIL], "tail": read[-NUM_TAIL:], "decode": torch.cat(steps)}
     return {phase: logits.float().log_softmax(-1) for phase, logits in parts.items()}
 

@@ -25,6 +25,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from benchmarks.report import append_rows
 from tokenselect.config import TokenSelectConfig
+from tokenselect.integrations.cache_name import CACHE
 from tokenselect.integrations.transformers import TokenSelect
 from tokenselect.measure import quantiles
 from tokenselect.offload import OffloadedLayer
@@ -78,7 +79,7 @@ def read(model: PreTrainedModel, ids: Tensor) -> tuple[DynamicCache, Tensor, flo
 
 def step(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor:
     """The likeliest next token [1, 1]."""
-    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    return model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from tokenselect.evals.needle import CITIES, FACT_WORDINGS
 from tokenselect.evals.texts import sentence_starts, state_of_the_union, token_window
+from tokenselect.integrations.cache_name import CACHE
 from tokenselect.models import LoadedModel
 from tokenselect.stats import Counts
 
@@ -76,11 +77,11 @@ def look_up(loaded: LoadedModel, task: Lookups) -> dict[str, Any]:
     spans = encoded["offset_mapping"]
     first = next(i for i, (_, end) in enumerate(spans) if end > len(task.prompt))
     cache = DynamicCache(config=model.config)
-    logits = model(ids[:, :first], past_key_values=cache, logits_to_keep=1).logits
+    logits = model(ids[:, :first], **{CACHE: cache}, logits_to_keep=1).logits
     guesses = {first: int(logits[0, -1].argmax())}
     before = Counts.of(cache)
     for at in range(first, ids.shape[1] - 1):
-        guesses[at + 1] = int(model(ids[:, at : at + 1], past_key_values=cache).logits[0, -1].argmax())
+        guesses[at + 1] = int(model(ids[:, at : at + 1], **{CACHE: cache}).logits[0, -1].argmax())
     counts = Counts.of(cache).since(before)
     right = [
         [guesses[i] == int(ids[0, i]) for i in range(first, len(spans)) if spans[i][0] < end and spans[i][1] > start]

@@ -18,6 +18,7 @@ from benchmarks.report import append_rows
 from tokenselect.config import TokenSelectConfig
 from tokenselect.evals.needle import REPHRASED_WORDINGS, Sample, fact_grid, is_right, passkey_grid, raw_prompt
 from tokenselect.evals.prefix import Prefix
+from tokenselect.integrations.cache_name import CACHE
 from tokenselect.methods import attach
 from tokenselect.models import LoadedModel, load_model
 
@@ -66,7 +67,7 @@ def ask(loaded: LoadedModel, sample: Sample, prefix: Prefix) -> dict[str, Any]:
     out = loaded.model.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
-        past_key_values=prefix.share_with(ids[0]),
+        **{CACHE: prefix.share_with(ids[0])},
         max_new_tokens=_NEW_TOKENS,
         do_sample=False,
         pad_token_id=loaded.tokenizer.eos_token_id,
