@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from benchmarks import amx_report, gpu_report, results_of, serving_report
+from benchmarks import gpu_report, other_processors, results_of, serving_report
 from benchmarks.losses import losses
 from benchmarks.must_hold import PAPER, checks
 from benchmarks.results_of import Operation, Row, Time
@@ -69,9 +69,8 @@ def render() -> str | None:
     if not results_of.devices(*results_of.FILES[:3]):
         return None
     parts = [_INTRO.format(devices=_devices(), threads=results_of.THREADS), _promises()]
-    parts += filter(
-        None, (_operations(), _blocks(), _latency(), _short(), _serving(), _amx(), _gpu(), _losses(), _origins())
-    )
+    sections = (_operations, _blocks, _latency, _short, _serving, _other_processors, _gpu, _losses, _origins)
+    parts += filter(None, (section() for section in sections))
     return "\n".join(parts)
 
 
@@ -248,8 +247,8 @@ def _serving() -> str:
     return serving_report.section(table, _number)
 
 
-def _amx() -> str:
-    return amx_report.section(table, _number)
+def _other_processors() -> str:
+    return other_processors.section(table, _number)
 
 
 def _gpu() -> str:
