@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 
 from benchmarks.performance import table
@@ -44,11 +44,10 @@ def _rows(cells: Mapping[Name, Cell]) -> Iterator[list[str]]:
     for name in sorted((name for name in cells if name.task in TASKS), key=lambda n: (order.index(n.task), *n[1:])):
         ours = cells.get(name._replace(method=_OURS, settings=""))
         if ours is not None and not name.settings and not name.method.startswith(_OURS):
-            yield from _row(name, ours.scores, cells[name].scores)
+            yield from _row(name, ours.pairs(cells[name]))
 
 
-def _row(name: Name, ours: Mapping[int, float], theirs: Mapping[int, float]) -> Iterator[list[str]]:
-    pairs = [(ours[i], theirs[i]) for i in sorted(ours.keys() & theirs.keys())]
+def _row(name: Name, pairs: Sequence[tuple[float, float]]) -> Iterator[list[str]]:
     if not pairs or sum(a for a, _ in pairs) >= sum(b for _, b in pairs):
         return
     test = mcnemar([a > b for a, b in pairs], [b > a for a, b in pairs])

@@ -79,7 +79,8 @@ def _of_device(device: str, cells: Mapping[Name, Cell]) -> Iterator[str]:
         if of_family:
             yield f"### {family[0].upper()}{family[1:]}\n"
             yield _scores(of_family, cells)
-    yield from filter(None, [where_ahead(cells)])
+    if ahead := where_ahead(cells):
+        yield ahead
     yield _TIMES + "\n" + _seconds(cells)
 
 

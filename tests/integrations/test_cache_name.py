@@ -23,6 +23,14 @@ def test_a_cache_goes_by_its_old_and_its_new_name() -> None:
     assert torch.equal(*made)
 
 
+def test_a_name_that_is_given_without_a_cache_hides_none() -> None:
+    model = build(LlamaConfig(**SIZES))
+    cache = DynamicCache(config=model.config)
+    with TokenSelect(model, NARROW), torch.no_grad():
+        model.model(torch.arange(60)[None], cache=None, past_key_values=cache)
+    assert cache.get_seq_length() == 60
+
+
 def test_a_cache_by_an_unknown_name_is_told() -> None:
     assert cache_in({"cache": None, "past_key_values": 3}) == 3
     assert cache_in({"memory": 3}) is None

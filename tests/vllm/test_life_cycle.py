@@ -14,6 +14,7 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.vllm.engines import SETTINGS, answers, engine, greedy, prompt
 from tokenselect.integrations.vllm.backend import TokenSelectBuilder
+from tokenselect.integrations.vllm.scheduler import TokenSelectScheduler
 
 TOKENS = 10
 
@@ -177,3 +178,20 @@ def test_wrong_settings_of_a_request_are_refused(
 def engine_of_refusals(model: Path) -> Iterator[LLM]:
     with engine(model, SETTINGS) as llm:
         yield llm
+
+
+@pytest.mark.parametrize("limits", [(), (96,)], ids=["vLLM 0.32", "vLLM 0.33"])
+def test_a_limit_of_the_look_up_of_cached_blocks_is_handed_on(
+    limits: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def look_up(*given: Any) -> tuple[str, int, int]:
+        asked.append(given)
+        return "blocks", 64, 0
+
+    scheduler = object.__new__(TokenSelectScheduler)  # of an engine that does not run
+    monkeypatch.setattr(scheduler, "_look_up", look_up, raising=False)
+    monkeypatch.setattr(scheduler, "_attends_whole", lambda request: True)
+    assert scheduler._get_computed_blocks("request", *limits) == ("blocks", 64, 0)
+    assert asked == [("request", *limits)]

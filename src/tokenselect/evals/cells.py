@@ -47,8 +47,12 @@ class Cell:
 
     def against(self, other: Cell) -> McNemar:
         """McNemar's test on the samples that both have; right is a full score."""
-        shared = sorted(self.scores.keys() & other.scores.keys())
-        return mcnemar([self.scores[i] >= 1 for i in shared], [other.scores[i] >= 1 for i in shared])
+        pairs = self.pairs(other)
+        return mcnemar([a >= 1 for a, _ in pairs], [b >= 1 for _, b in pairs])
+
+    def pairs(self, other: Cell) -> list[tuple[float, float]]:
+        """Both scores of the samples that both have."""
+        return [(self.scores[i], other.scores[i]) for i in sorted(self.scores.keys() & other.scores.keys())]
 
     def by_depth(self) -> dict[float, float]:
         """Mean score by depth of the needle."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -11,7 +11,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # the last one: layers of GPT-NeoX, before 5.24
 # That of arguments and outputs.
-CACHE = CACHE_NAMES[0 if any(item.name == "cache" for item in fields(BaseModelOutputWithPast)) else 1]
+CACHE = "cache" if any(item.name == "cache" for item in fields(BaseModelOutputWithPast)) else "past_key_values"
+
+
+def cache_argument(parameters: Collection[str]) -> str:
+    """By which name a function takes the cache, by those of its parameters."""
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE)
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:

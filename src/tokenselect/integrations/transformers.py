@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from tokenselect.cache import Owner, RawKeyLayer
 from tokenselect.config import TokenSelectConfig
 from tokenselect.hardware import keep_freed_memory
-from tokenselect.integrations.cache_name import CACHE, CACHE_NAMES, cache_in, handed_cache
+from tokenselect.integrations.cache_name import CACHE, CACHE_NAMES, cache_argument, cache_in, handed_cache
 from tokenselect.integrations.host import Host, check_offload, inspect_model, learn_rotary
 from tokenselect.integrations.passes import plan_pass
 from tokenselect.integrations.room import with_room
@@ -149,18 +149,19 @@ class TokenSelect:
         """The decoder's forward: long inputs in chunks, each with its plan."""
         if self.host.decoder.training:
             raise NotImplementedError("training is not supported: call model.eval()")
-        kwargs.update(zip(inspect.signature(original).parameters, args, strict=False))
+        parameters = inspect.signature(original).parameters
+        kwargs.update(zip(parameters, args, strict=False))
         inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if inputs is None or not inputs.shape[1]:
             return original(**kwargs)  # which says what is missing
-        name = next((name for name in CACHE_NAMES if name in kwargs), CACHE)
-        cache, owner = self._prepare_cache(kwargs.get(name))
+        cache, owner = self._prepare_cache(cache_in(kwargs))
         past, length = cache.get_seq_length(), inputs.shape[1]
         padding = _left_padding(kwargs.get("attention_mask"), inputs.shape[0], past + length)
         _check_positions(kwargs.get("position_ids"), padding, past, length)
         as_tuple = kwargs.pop("return_dict", True) is False
         keeps_cache = kwargs.get("use_cache") is not False
-        kwargs.update({name: cache, "use_cache": True})
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        kwargs.update({cache_argument(parameters): cache, "use_cache": True})
         owner.reserve = past + length + self.config.block_size
         if length > 1:
             self._steps.forget_weights()
