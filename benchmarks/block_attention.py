@@ -49,7 +49,7 @@ Call = Callable[[], dict[str, float]]  # seconds: "all", and of each operation
 def main(
     shape: Annotated[list[str], typer.Option(help="heads of which models")] = list(SHAPES),  # noqa: B006
     length: Annotated[list[int], typer.Option(help="tokens before the block")] = _LENGTHS,
-    scoring: Annotated[list[str], typer.Option(help="mix, position_free, distance")] = ["mix", "position_free"],  # noqa: B006
+    scoring: Annotated[list[str], typer.Option(help="how keys are scored")] = ["merged", "position_free"],  # noqa: B006
     keys: Annotated[list[str], typer.Option(help="what is scored: bf16, int8")] = ["bf16", "int8"],  # noqa: B006
     num_selected_tokens: Annotated[int, typer.Option(help="k")] = 2048,
     threads: Annotated[int, typer.Option(help="torch threads; 0: what torch chooses")] = 0,

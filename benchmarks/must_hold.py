@@ -60,17 +60,18 @@ def _worst(promise: str, least: float, figures: Iterable[tuple[float, str]], per
 
 def _operations() -> Iterator[Check]:
     cases = results_of.operations()
+    scoring = results_of.voted({case.scoring for case in cases})
     for layout, least in (("contiguous", 0.8), ("pages of 256", 0.6)):
         for keys in ("bf16", "int8"):
             for length in (_64K, _1M):
                 shares = [
                     (float(rows[_OURS]["share_of_stream"]), case.shape)
                     for case, rows in cases.items()
-                    if (case.operation, case.scoring, case.keys) == ("score_tokens", "mix", keys)
+                    if (case.operation, case.scoring, case.keys) == ("score_tokens", scoring, keys)
                     and (case.layout, case.length) == (layout, length)
                     and _OURS in rows
                 ]
-                promise = f"scoring (mix), {length:,} tokens, {keys}, {layout}: {least:.0%} of a stream read"
+                promise = f"scoring ({scoring}), {length:,} tokens, {keys}, {layout}: {least:.0%} of a stream read"
                 yield _worst(promise, least, shares, percent=True)
     for length in (_64K, _1M):
         gains = _gains(cases, "topk_tokens", "torch.topk + sort", length)
@@ -100,7 +101,7 @@ def _blocks() -> Iterator[Check]:
             gains = [
                 (gain, shape)
                 for (shape, tokens), case in cases.items()
-                if tokens == length and (gain := case.speedup("mix", keys)) is not None
+                if tokens == length and (gain := case.speedup(keys)) is not None
             ]
             promise = f"a block at {length:,} tokens, k 2,048, {keys} keys scored: {least}x the fastest dense kernel"
             yield _worst(promise, least, gains)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from benchmarks.report import read_rows
-from benchmarks.results_of import Row, blocks
+from benchmarks.results_of import Row, blocks, voted
 
 Table = Callable[..., str]
 Number = Callable[[float], str]
@@ -40,7 +40,7 @@ _ZEN4_OPS = """
 Operations, ms, and what they are of a stream read; torch gathers, rotates and attends by SDPA, or chooses and sorts
 ([ops_zen4.csv](../benchmarks/results/ops_zen4.csv), commit {commit}):
 """
-_BLOCKS = ("shape", "tokens before", "mix bf16, ms", "mix int8, ms", "dense, ms", "gain, bf16", "gain, int8")
+_BLOCKS = ("shape", "tokens before", "bf16, ms", "int8, ms", "dense, ms", "gain, bf16", "gain, int8")
 
 
 def section(table: Table, number: Number) -> str:
@@ -72,17 +72,18 @@ def _processor(
 
 def _block_rows(name: str, number: Number) -> Iterator[list[str]]:
     for (shape, length), case in blocks(name).items():
-        ours = [number(case.ours["mix", keys].p50) for keys in ("bf16", "int8")]
-        gains = [f"{case.speedup('mix', keys):.1f}x" for keys in ("bf16", "int8")]
+        ours = [number(case.ours[case.scoring, keys].p50) for keys in ("bf16", "int8")]
+        gains = [f"{case.speedup(keys):.1f}x" for keys in ("bf16", "int8")]
         yield [shape, f"{length:,}", *ours, number(case.fastest_dense[1].p50), *gains]
 
 
 def _by_case(rows: list[Row]) -> Iterator[tuple[list[str], dict[str, Row]]]:
     """Operation, shape and tokens of each case, and its rows by kernel set, or "torch"."""
     found: dict[tuple[str, ...], dict[str, Row]] = {}
+    scoring = voted({row["scoring"] for row in rows})
     for row in rows:
         case = tuple(row[name] for name in ("operation", "keys", "layout", "queries", "shape", "length"))
-        if row["scoring"] in ("", "mix"):
+        if row["scoring"] in ("", scoring):
             found.setdefault(case, {})[row["kernels"] or "torch"] = row
     for (operation, keys, layout, queries, shape, length), own in found.items():
         kind = layout if operation == "score_tokens" else f"{queries} quer{'y' if queries == '1' else 'ies'}"

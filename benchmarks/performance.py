@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks import gpu_report, other_processors, results_of, serving_report
 from benchmarks.losses import losses
 from benchmarks.must_hold import PAPER, checks
+from benchmarks.operations.score import SCORINGS
 from benchmarks.results_of import Operation, Row, Time
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -103,7 +104,7 @@ def _operations() -> str:
     if not cases:
         return ""
     parts = [_OPS]
-    for scoring in ("mix", "position_free", "distance"):
+    for scoring in SCORINGS:
         if rows := list(_score_rows(cases, scoring)):
             head = ["shape", "tokens", *(f"{keys}, {layout}" for keys, layout in _SCORED), "torch matmul"]
             title = f"`score_tokens`, {scoring.replace('_', '-')}: ms (share of a stream read)\n\n"
@@ -177,12 +178,12 @@ def _blocks() -> str:
         return ""
     kinds = list(dict.fromkeys(kind for case in cases.values() for kind in case.ours))
     head = ["shape", "tokens before", *(f"{scoring.replace('_', '-')}, {keys}, ms" for scoring, keys in kinds)]
-    head += ["dense, ms", "kernel", *(f"gain, mix {keys}" for keys in ("bf16", "int8")), "paper"]
+    head += ["dense, ms", "kernel", *(f"gain, {keys}" for keys in ("bf16", "int8")), "paper"]
     rows = []
     for (shape, length), case in cases.items():
         name, fastest = case.fastest_dense if case.dense else ("", None)
         ours = [_number(case.ours[kind].p50) if kind in case.ours else "" for kind in kinds]
-        gains = [case.speedup("mix", keys) for keys in ("bf16", "int8")]
+        gains = [case.speedup(keys) for keys in ("bf16", "int8")]
         row = [shape, f"{length:,}", *ours, _number(fastest.p50) if fastest else "", name]
         row += ["" if gain is None else f"{gain:.1f}x" for gain in gains]
         rows.append([*row, f"{PAPER[length]}x" if length in PAPER else ""])
@@ -192,7 +193,8 @@ def _blocks() -> str:
 def _parts() -> str:
     """Where the time of a block goes."""
     rows = [row for row in results_of.rows_of("block_attention") if row["method"] == "tokenselect"]
-    rows = [row for row in rows if row["scoring"] == "mix"]
+    scoring = results_of.voted({row["scoring"] for row in rows})
+    rows = [row for row in rows if row["scoring"] == scoring]
     cells = [
         [row["shape"], f"{int(row['length']):,}", row["keys"]]
         + [_number(float(row[f"{name}_ms"])) for name in ("copy", "score", "topk", "attend", "p50")]
@@ -208,7 +210,7 @@ def _parts() -> str:
         "attention, ms",
         "all, ms",
     )
-    return "Where the time goes (mix):\n\n" + table(head, cells) + "\nAgainst dense attention:\n\n"
+    return f"Where the time goes ({scoring}):\n\n" + table(head, cells) + "\nAgainst dense attention:\n\n"
 
 
 def _latency() -> str:

@@ -96,7 +96,7 @@ def _block_attention() -> Figure:
     cases = results_of.blocks()
     for shape, (label, colour, marker) in _SHAPES.items():
         for keys, style in (("bf16", "-"), ("int8", "--")):
-            points = sorted((n, case.speedup("mix", keys)) for (name, n), case in cases.items() if name == shape)
+            points = sorted((n, case.speedup(keys)) for (name, n), case in cases.items() if name == shape)
             known = [(n, gain) for n, gain in points if gain is not None]
             if known:
                 name = f"{label}, {keys}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.report import read_rows
@@ -59,6 +60,11 @@ def latency() -> dict[tuple[str, str, int], Time]:
     return {(row["phase"], row["method"], int(row["length"])): Time.of(row) for row in rows_of("latency")}
 
 
+def voted(scorings: Iterable[str]) -> str:
+    """Of the scorings that were measured the one by which the default settings vote; before they did so, the mix."""
+    return "merged" if "merged" in scorings else "mix"
+
+
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """One shape and length: TokenSelect by (scoring, keys), and each dense kernel."""
@@ -67,15 +73,19 @@ class Blocks:
     dense: dict[str, Time]
 
     @property
+    def scoring(self) -> str:
+        """That of the default settings."""
+        return voted({scoring for scoring, _ in self.ours})
+
+    @property
     def fastest_dense(self) -> tuple[str, Time]:
         """Its name and time."""
         return min(self.dense.items(), key=lambda item: item[1].p50)
 
-    def speedup(self, scoring: str, keys: str) -> float | None:
+    def speedup(self, keys: str) -> float | None:
         """The fastest dense kernel's time over ours; None where one of them was not measured."""
-        if (scoring, keys) not in self.ours or not self.dense:
-            return None
-        return self.fastest_dense[1].p50 / self.ours[scoring, keys].p50
+        ours = self.ours.get((self.scoring, keys))
+        return self.fastest_dense[1].p50 / ours.p50 if ours and self.dense else None
 
 
 def blocks(name: str = "block_attention") -> dict[tuple[str, int], Blocks]:

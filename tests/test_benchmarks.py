@@ -67,7 +67,7 @@ def test_rows_of_another_commit_are_measured_again(results: Path) -> None:
 def test_everybody_computes_the_same(operation: str) -> None:
     kinds = (list(score.SCORINGS), list(score.KEYS), list(score.LAYOUTS), list(attention.QUERIES))
     cases = list(ops.Choice([operation], ["smollm2"], *kinds).cases([LENGTH]))
-    assert len(cases) == {"score_tokens": 18, "topk_tokens": 1, "sparse_attention": 2}[operation]
+    assert len(cases) == {"score_tokens": 24, "topk_tokens": 1, "sparse_attention": 2}[operation]
     for case in cases:
         ops.refuse_wrong_results(case)
 
@@ -147,9 +147,13 @@ def test_a_block_is_measured() -> None:
     layer = block_attention.Layer(SHAPES["smollm2"], LENGTH)
     config = block_attention.TokenSelectConfig(num_selected_tokens=1024, num_dense_tokens=0)
     calls = layer.calls([config], ["bf16", "int8"])
-    assert [*calls] == ["tokenselect, mix, bf16", "tokenselect, mix, int8", *(f"dense {name}, , " for name in KERNELS)]
+    assert [*calls] == [
+        "tokenselect, merged, bf16",
+        "tokenselect, merged, int8",
+        *(f"dense {name}, , " for name in KERNELS),
+    ]
     for keys in ("bf16", "int8"):
-        seconds = calls[f"tokenselect, mix, {keys}"]()
+        seconds = calls[f"tokenselect, merged, {keys}"]()
         copied = {"quantize_rows"} if keys == "int8" else set()
         steps = {"all", "pool_queries", "score_tokens", "topk_tokens", "fill_slots", "sparse_attention"}
         assert set(seconds) == steps | copied

@@ -303,7 +303,7 @@ def test_demo_shows_every_answer(shell: Shell, monkeypatch: pytest.MonkeyPatch) 
         (["--file", "/no/such/file"], "/no/such/file: No such file"),
         (["--file", "/"], "/: Is a directory"),
         (["--method", "best"], "tokenselect, streaming, dense,"),
-        (["--scoring", "best"], "scoring must be one of mix, position_free, distance, got 'best'"),
+        (["--scoring", "best"], "scoring must be one of merged, mix, position_free, distance, got 'best'"),
         (["--dtype", "int8"], "auto, float32, bfloat16, float16, got 'int8'"),
         (["--device", "abacus"], "'abacus' cannot be used"),
         (["--backend", "abacus"], "got 'abacus'"),

@@ -74,7 +74,7 @@ def test_a_switch_of_another_type_is_refused(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "choices"), [("scoring", "mix, position_free, distance"), ("reuse_test", "group_min, flat")]
+    ("name", "choices"), [("scoring", "merged, mix, position_free, distance"), ("reuse_test", "group_min, flat")]
 )
 @pytest.mark.parametrize("value", ["best", "", 3, None, ["mix"]], ids=repr)
 def test_an_unknown_choice_is_refused(name: str, choices: str, value: Any) -> None:
@@ -174,7 +174,7 @@ def test_defaults_are_the_starting_values_of_the_method() -> None:
     config = TokenSelectConfig()
     assert (config.num_sink_tokens, config.num_local_tokens, config.num_selected_tokens) == (128, 512, 512)
     assert (config.block_size, config.num_tail_tokens, config.distance_bucket_size) == (512, 64, 64)
-    assert (config.scoring, config.head_weights, config.reuse) == ("mix", False, False)
+    assert (config.scoring, config.far_gain, config.head_weights, config.reuse) == ("merged", 1.2, False, False)
 
 
 @pytest.mark.parametrize(("threshold", "on"), [(0.0, True), (0.9, True), (1.0, True), (1.0001, False), (2, False)])

@@ -20,6 +20,7 @@ LAYERS = [
     {"integrations"},
     {"cache", "offload", "trace"},
     {"selection"},
+    {"distances"},
     {"rotary", "config", "hardware"},
     {"ops"},
 ]

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from tokenselect.config import TokenSelectConfig
+from tokenselect.distances import num_clipped, run_rotations
 from tokenselect.ops import reference
 from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import rotate
-from tokenselect.rotary import RotaryTable, mean_rotation
+from tokenselect.rotary import RotaryTable
 from tokenselect.selection import (
     Block,
     SelectionState,
     block_starts,
     candidates_end,
-    num_clipped,
     plan_selection,
     select_tokens,
 )
@@ -138,10 +138,10 @@ def test_the_local_window_may_count_the_block_itself(inside: bool, own: int, end
 # -- what is chosen ------------------------------------------------------------------------------------------
 
 
-def turned(vector: Tensor, distances: Tensor, of: RotaryTable) -> Tensor:
-    """`vector` [Hq, D] at the mean rotation of `distances`."""
+def turned(vector: Tensor, distances: Tensor, of: RotaryTable, gain: float = 1.0) -> Tensor:
+    """`vector` [Hq, D] at the mean rotation of `distances`, what is rotated `gain` times as long."""
     angle = distances.double()[:, None] * of.frequencies
-    return rotate(vector.double(), angle.cos().mean(0), angle.sin().mean(0), of.interleaved)
+    return rotate(vector.double(), gain * angle.cos().mean(0), gain * angle.sin().mean(0), of.interleaved)
 
 
 def run_of(token: int, first: int, start: int, config: TokenSelectConfig, max_distance: int) -> Tensor:
@@ -166,11 +166,12 @@ def naive_choice(layer: Layer, queries: Tensor, block: Block) -> list[int]:
     for view in ("position_free", "distance") if config.scoring == "mix" else (config.scoring,):
         logits = torch.empty(HEADS, end - begin, dtype=torch.float64)
         for token in range(begin, end):
-            distances = torch.tensor([config.num_local_tokens])
-            if view == "distance":
-                distances = run_of(token, begin, block.start, config, MAX_DISTANCE)
-            query = turned(pooled, distances, of).view(KV_HEADS, -1, DIM)
-            logits[:, token - begin] = scale * (query @ keys[token, :, :, None]).flatten()
+            run, near = run_of(token, begin, block.start, config, MAX_DISTANCE), torch.tensor([config.num_local_tokens])
+            gain = 1 + (config.far_gain - 1) * float(run.mean()) / MAX_DISTANCE
+            query = turned(pooled, near, of) if view == "position_free" else turned(pooled, run, of, gain)
+            if view == "merged":
+                query = (query + turned(pooled, near, of, gain)) / 2
+            logits[:, token - begin] = scale * (query.view(KV_HEADS, -1, DIM) @ keys[token, :, :, None]).flatten()
         votes = logits.softmax(-1).sum(0)[first - begin : last - begin]
         total += votes / votes.sum()
     reach = config.smoothing_window // 2
@@ -180,7 +181,11 @@ def naive_choice(layer: Layer, queries: Tensor, block: Block) -> list[int]:
 
 
 CHANGES: dict[str, dict[str, Any]] = {
-    "mix": {},
+    "merged": {},
+    "mix": {"scoring": "mix"},
+    "mix-no-gain": {"scoring": "mix", "far_gain": 1.0},
+    "much-gain": {"far_gain": 3.0},
+    "less-when-far": {"far_gain": 0.5},
     "position_free": {"scoring": "position_free"},
     "distance": {"scoring": "distance"},
     "head-weights": {"head_weights": True},
@@ -267,10 +272,12 @@ def test_what_is_attended_is_counted() -> None:
 
 
 @pytest.mark.parametrize("size", [6, 7, 64])
-def test_runs_beyond_the_largest_distance_rotate_alike(size: int) -> None:
+@pytest.mark.parametrize("scoring", ["distance", "merged"])
+def test_runs_beyond_the_largest_distance_rotate_alike(size: int, scoring: Any) -> None:
+    config = CONFIG.replace(scoring=scoring, distance_bucket_size=size)
     for start in range(size, 400, 13):
         nearest = (start - (size - 1) - torch.arange(-(-start // size)) * size).clamp(min=0)
-        cos, sin = mean_rotation(torch.tensor([0.9, 0.01]), nearest, size, 100)
+        cos, sin = run_rotations(nearest, config, 100, table())
         count = int(num_clipped(torch.tensor(start - (size - 1)), size, 100))
         same = ((cos == cos[0]) & (sin == sin[0])).all(dim=1)
         assert int(same.long().cumprod(0).sum()) == max(count, 1)

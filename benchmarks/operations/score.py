@@ -18,7 +18,7 @@ from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import Distances, rotate
 from tokenselect.selection import Block, SelectionPlan, plan_selection
 
-SCORINGS = ("mix", "position_free", "distance")
+SCORINGS = ("merged", "mix", "position_free", "distance")
 KEYS = ("bf16", "int8")
 LAYOUTS = ("contiguous", "pages of 256", "pages of 16")
 # Votes are shares of 1: what counts is the error next to the vote. The baseline rounds its logits to bf16.

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
-Scoring = Literal["mix", "position_free", "distance"]
+Scoring = Literal["merged", "mix", "position_free", "distance"]
 ReuseTest = Literal["group_min", "flat"]
 ScoreDtype = Literal["same", "int8"]
 
@@ -38,7 +38,11 @@ class TokenSelectConfig:
     )
     block_size: int = _setting(512, "consecutive prompt tokens that share one selection", low=1)
     num_tail_tokens: int = _setting(64, "last prompt tokens, which select one by one")
-    scoring: Scoring = _setting("mix", "how keys are scored: at one distance, at bucketed distances, or both")
+    scoring: Scoring = _setting(
+        "merged",
+        "how keys are scored: position_free, all at one distance; distance, at bucketed distances; merged, by one "
+        "query that is the mean of both; mix, by both, one after the other",
+    )
     score_dtype: ScoreDtype = _setting(
         "int8", "what scoring reads: the keys as they are cached, or a copy in int8, half the bytes of 16-bit keys"
     )
@@ -48,6 +52,9 @@ class TokenSelectConfig:
     distance_bucket_size: int = _setting(64, "tokens scored at one mean distance", low=1)
     max_distance: int | None = _setting(
         None, "largest distance that scoring uses; default: 7/8 of the model's trained window", low=1
+    )
+    far_gain: float = _setting(
+        1.2, "factor of the logits of the vote at the largest distance, nearer by as much nearer to 1; 1: none"
     )
     head_weights: bool = _setting(
         False, "count sinks and local tokens in each head's softmax, so that heads that look there vote less"

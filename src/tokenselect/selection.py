@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from tokenselect.config import TokenSelectConfig
+from tokenselect.distances import has_one_distance, has_runs, one_distance, runs_of_keys, take_runs
 from tokenselect.ops import Backend
 from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import Distances
-from tokenselect.rotary import RotaryTable, mean_rotation
+from tokenselect.rotary import RotaryTable
 
 Select = Callable[..., list[Tensor]]  # `select_tokens`, or what another method does in its place
 # A sum over the processes that share a layer's heads; each gets it.
@@ -93,7 +94,7 @@ class SelectionPlan:
             self.candidates[keep],
             None if self.context is None else self.context[keep],
             self.sequences[keep],
-            [_take_runs(view, rows) for view in self.distances],
+            [take_runs(view, rows) for view in self.distances],
             self.table,
             [self.may_reuse[row] for row in rows],
         )
@@ -137,10 +138,10 @@ def plan_selection(
     spans = candidates if context is None else context
     starts = torch.tensor([block.start for block in blocks], device=device)
     distances = []
-    if config.scoring in ("mix", "position_free"):
+    if has_one_distance(config):
         distances.append(one_distance(len(blocks), config.num_local_tokens, table))
-    if config.scoring in ("mix", "distance"):
-        distances.append(_bucketed(starts, spans, config.distance_bucket_size, max_distance, table))
+    if has_runs(config):
+        distances.append(runs_of_keys(starts, spans, config, max_distance, table))
     sequences = torch.tensor([block.sequence for block in blocks], device=device)
     own = Counter[int]()
     for block in blocks:
@@ -293,36 +294,3 @@ def _smooth(votes: Tensor, start_loc: Tensor, width: int) -> Tensor:
     pool = torch.nn.functional.max_pool1d
     parts = [votes[a:b] for a, b in pairwise(start_loc.tolist())]
     return torch.cat([pool(part[None], width, 1, width // 2)[0] for part in parts])
-
-
-def one_distance(num_blocks: int, distance: int, table: RotaryTable) -> Distances:
-    """Every key as if it stood just outside the local window."""
-    angle = table.frequencies * distance
-    cos, sin = (part.float().expand(num_blocks, -1) for part in (angle.cos(), angle.sin()))
-    return Distances(cos, sin, 1, torch.arange(num_blocks + 1, device=cos.device), table.interleaved)
-
-
-def _bucketed(starts: Tensor, spans: Tensor, size: int, max_distance: int, table: RotaryTable) -> Distances:
-    """Runs of `size` keys, each at the mean rotation of its distances to the block's start."""
-    counts = (spans[:, 1] - spans[:, 0] + size - 1) // size
-    run_start_loc = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    block = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    run = torch.arange(len(block), device=counts.device) - run_start_loc[block]
-    nearest = (starts[block] - spans[block, 0] - run * size - (size - 1)).clamp(min=0)
-    cos, sin = mean_rotation(table.frequencies, nearest, size, max_distance)
-    alike = num_clipped(starts - spans[:, 0] - (size - 1), size, max_distance)
-    return Distances(cos, sin, size, run_start_loc, table.interleaved, torch.minimum(alike, counts))
-
-
-def num_clipped(nearest: Tensor, size: int, max_distance: int) -> Tensor:
-    """How many runs of `size` keys `mean_rotation` rotates alike, of those from `nearest` on that come ever nearer."""
-    return ((nearest - max_distance + (size - 1) // 2) // size + 1).clamp(min=0)
-
-
-def _take_runs(view: Distances, rows: Sequence[int]) -> Distances:
-    bounds = view.run_start_loc.tolist()
-    runs = torch.cat([torch.arange(bounds[row], bounds[row + 1]) for row in rows]).to(view.cos.device)
-    lengths = torch.tensor([bounds[row + 1] - bounds[row] for row in rows], device=view.cos.device)
-    start_loc = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    alike = None if view.alike is None else view.alike[lengths.new_tensor(rows)]
-    return Distances(view.cos[runs], view.sin[runs], view.run_size, start_loc, view.interleaved, alike)

@@ -110,9 +110,12 @@ def test_replayed_layers_record(tmp_path_factory: pytest.TempPathFactory, monkey
     np.testing.assert_allclose(replayed.votes, plain.votes, atol=1e-3)
 
 
-def test_votes_are_those_of_the_choice(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("scoring", "num_views"), [("merged", 1), ("mix", 2)])
+def test_votes_are_those_of_the_choice(
+    scoring: Any, num_views: int, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: list[torch.Tensor] = []
-    llm = LLM(loaded, config=SMALL.replace(backend="reference"), trace=True)
+    llm = LLM(loaded, config=SMALL.replace(backend="reference", scoring=scoring), trace=True)
     from tokenselect.ops import reference
 
     original = reference.score_tokens
@@ -129,7 +132,7 @@ def test_votes_are_those_of_the_choice(loaded: LoadedModel, monkeypatch: pytest.
     last = given[-2 * NEW :]
     for cell, votes in enumerate(last):
         own = slice(trace.start_loc[cell], trace.start_loc[cell + 1])
-        expected = votes[trace.indices[own] - trace.num_sinks] / 2  # two views
+        expected = votes[trace.indices[own] - trace.num_sinks] / num_views
         np.testing.assert_allclose(trace.votes[own].astype(np.float32), expected, rtol=2e-3, atol=1e-5)
         shares = trace.head_shares[own].astype(float).sum(1) / 255
         np.testing.assert_allclose(shares, 1, atol=0.01)

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from tokenselect.cache import RawKeyLayer
 from tokenselect.config import TokenSelectConfig
+from tokenselect.distances import has_one_distance, has_runs, num_clipped, one_distance, run_rotations
 from tokenselect.integrations.remembered import Attended, Remembered
 from tokenselect.ops import Backend, gpu
 from tokenselect.ops.paging import PageTable
 from tokenselect.ops.reference import Distances
-from tokenselect.rotary import RotaryTable, mean_rotation
-from tokenselect.selection import num_clipped, one_distance, vote_scale
+from tokenselect.rotary import RotaryTable
+from tokenselect.selection import vote_scale
 
 if TYPE_CHECKING:
     from tokenselect.ops.gpu.attention import Last
@@ -66,9 +67,9 @@ class Tables:
         self.aside = cuda.Stream(device) if device.type == "cuda" else None  # for what need not be waited for
         self.cos, self.sin = table.rotation(slice(config.budget), torch.float32)
         self.distances: list[Distances] = []
-        if config.scoring in ("mix", "position_free"):
+        if has_one_distance(config):
             self.distances.append(one_distance(batch, config.num_local_tokens, table))
-        if config.scoring in ("mix", "distance"):
+        if has_runs(config):
             self.distances.append(self._runs(device))
 
     def _runs(self, device: torch.device) -> Distances:
@@ -93,10 +94,10 @@ class Tables:
         self.numbers.copy_(torch.tensor(values), non_blocking=True)
         if not self.config.reuse:  # else every layer has slots of its own
             self.attended.slots[:, self.selected.stop :] = self.written[:, None] + self.ages
-        if self.config.scoring != "position_free":
+        if has_runs(self.config):
             view = self.distances[-1]
             nearest = (self.run_ends + self.positions[:, None]).clamp(min=0).flatten()
-            made = mean_rotation(self.table.frequencies, nearest, view.run_size, self.max_distance)
+            made = run_rotations(nearest, self.config, self.max_distance, self.table)
             for into, part in zip((view.cos, view.sin), made, strict=True):
                 into.copy_(part)
             assert view.alike is not None
