@@ -66,7 +66,6 @@ _QUICK = ("yarn", "ntk", "paper", "snapkv", "streaming", "streaming_same_window"
 _SLOW = ("infllm", "quest", "published", "self_extend")  # plain definitions that loop: seconds to minutes a sample
 _WORDINGS = ("fact_help", "fact_code", "rephrased_union")
 _COMPARED = ("fact_union", "fact_bible", "rephrased_union", "passkey")
-_NEARER = ("num_selected_tokens=256", "num_local_tokens=768")
 _FEW_WORDS = ("number_string", "niah_single_1", "niah_single_2", "niah_multikey_1", "infinite_passkey")  # of ANSWERED
 _MORE_WORDS = ("niah_single_3", "niah_multivalue", "niah_multiquery")  # three times as long to answer
 _OTHER_TEXTS = ("fact_help", "fact_code")
@@ -83,24 +82,16 @@ PLAN = (
     Part(ANSWERED, WITHIN[1:], BOTH, 100, 20),
     Part(NEEDLES, BEYOND[1:], _QUICK, 20),
     Part(_COMPARED, BEYOND[:2], ("tokenselect",), 100),
-    Part(_COMPARED, BEYOND[:2], ("tokenselect",), 100, settings=_NEARER),
     Part(ANSWERED, BEYOND[:1], ("tokenselect", *_QUICK), 20),
     Part(ANSWERED, BEYOND[1:2], ("tokenselect",), 20),
-    Part(_COMPARED, BEYOND[2:], ("tokenselect",), 20, settings=_NEARER),
     Part(_COMPARED, BEYOND[2:], ("tokenselect",), 20),
-    Part(ANSWERED, BEYOND[:2], ("tokenselect",), 20, settings=_NEARER),
     Part(_FEW_WORDS, BEYOND[:1], ("tokenselect",), 100),
-    Part(_FEW_WORDS, BEYOND[:1], ("tokenselect",), 100, settings=_NEARER),
     Part(_FEW_WORDS, BEYOND[1:2], ("tokenselect",), 100),
-    Part(_FEW_WORDS, BEYOND[1:2], ("tokenselect",), 100, settings=_NEARER),
     Part(_MORE_WORDS, BEYOND[:1], ("tokenselect",), 100),
-    Part(_MORE_WORDS, BEYOND[:1], ("tokenselect",), 100, settings=_NEARER),
     Part(_MORE_WORDS, BEYOND[1:2], ("tokenselect",), 100),
-    Part(_MORE_WORDS, BEYOND[1:2], ("tokenselect",), 100, settings=_NEARER),
     Part(ANSWERED, BEYOND[1:2], _QUICK, 20),
     Part(_OTHER_TEXTS, (8000,), BOTH, 20),
     Part(_OTHER_TEXTS, BEYOND[:2], ("tokenselect",), 100),
-    Part(_OTHER_TEXTS, BEYOND[:2], ("tokenselect",), 100, settings=_NEARER),
     # Where another method is ahead on twenty samples.
     Part(_RIVALLED, BEYOND[1:2], ("yarn", "paper"), 100),
     Part(_RIVALLED[:2], BEYOND[:1], ("yarn",), 100),

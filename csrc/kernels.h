@@ -66,6 +66,7 @@ struct ScoreArgs {
   int64_t half;  // rotated pairs per head
   bool interleaved;
   float scale;
+  float horizon;  // half of a vote counts for a token so far before the last candidates; 0: all count alike
   const int64_t* start_loc;  // [num_blocks + 1]
   float* votes;
 };

@@ -3,7 +3,7 @@
 // A key is loaded once for all rows that score it: the heads of its group, both views of the distances and the blocks
 // that share its context. Each chunk of keys leaves exponentials behind, in units of a power of two of its own, and their
 // sum, so the second pass reads those, not the keys, and is one multiplication per row and token. Powers of two round
-// nothing: equal keys have equal votes, wherever they are.
+// nothing: equal keys have equal votes, wherever they are, until these are weighed by their age.
 #include "turned_queries.h"
 
 namespace tokenselect::TS_ISA {
@@ -207,6 +207,13 @@ void finish_stats(const Group& g, float* factors) {
     }
 }
 
+// What counts of the votes for W tokens, the first of which is so old.
+TS_INLINE vf by_age(float horizon, int64_t age) {
+  vf older{};
+  for (int j = 0; j < W; j++) older[j] = -(float)j;
+  return horizon / (horizon + (float)age + older);
+}
+
 template <class Key>
 void sum_votes(const Group& g, const float* factors, int64_t block, int64_t chunk) {
   const ScoreArgs& a = g.a;
@@ -226,7 +233,8 @@ void sum_votes(const Group& g, const float* factors, int64_t block, int64_t chun
         for (int j = 0; j < kSums; j++) sums[j] += load_weight<Key>(g.weights, at + j * W) * factor;
       }
     }
-    for (int j = 0; j < kSums; j++) store(total + i + j * W, sums[j]);
+    for (int j = 0; j < kSums; j++)
+      store(total + i + j * W, a.horizon > 0 ? sums[j] * by_age(a.horizon, last - from - i - j * W) : sums[j]);
   }
   float* votes = a.votes + a.start_loc[block] + from - first;
   __builtin_memcpy(votes + low, total + low, (high - low) * sizeof(float));

@@ -16,7 +16,7 @@ SWITCHES = ["head_weights", "scale_votes", "local_includes_block", "kv_offload"]
 
 
 def test_counts_are_all_here() -> None:
-    assert len(COUNTS) == 10
+    assert len(COUNTS) == 11
     assert set(POSITIVE) < set(COUNTS)
 
 
@@ -164,7 +164,7 @@ def test_paper_has_the_published_values() -> None:
     assert paper.num_dense_tokens == 0
     assert paper.local_includes_block
     assert not paper.scale_votes
-    assert paper.scoring == "position_free"
+    assert (paper.scoring, paper.vote_horizon) == ("position_free", 0)
     assert (paper.reuse_threshold, paper.reuse_test, paper.reuse) == (0.9, "flat", True)
     assert paper.smoothing_window == 1
     assert paper.num_tail_tokens == 0
@@ -174,7 +174,7 @@ def test_defaults_are_the_starting_values_of_the_method() -> None:
     config = TokenSelectConfig()
     assert (config.num_sink_tokens, config.num_local_tokens, config.num_selected_tokens) == (128, 512, 512)
     assert (config.block_size, config.num_tail_tokens, config.distance_bucket_size) == (512, 64, 64)
-    assert (config.scoring, config.far_gain, config.head_weights, config.reuse) == ("merged", 1.2, False, False)
+    assert (config.scoring, config.vote_horizon, config.head_weights, config.reuse) == ("merged", 512, False, False)
 
 
 @pytest.mark.parametrize(("threshold", "on"), [(0.0, True), (0.9, True), (1.0, True), (1.0001, False), (2, False)])

@@ -138,10 +138,10 @@ def test_the_local_window_may_count_the_block_itself(inside: bool, own: int, end
 # -- what is chosen ------------------------------------------------------------------------------------------
 
 
-def turned(vector: Tensor, distances: Tensor, of: RotaryTable, gain: float = 1.0) -> Tensor:
-    """`vector` [Hq, D] at the mean rotation of `distances`, what is rotated `gain` times as long."""
+def turned(vector: Tensor, distances: Tensor, of: RotaryTable) -> Tensor:
+    """`vector` [Hq, D] at the mean rotation of `distances`."""
     angle = distances.double()[:, None] * of.frequencies
-    return rotate(vector.double(), gain * angle.cos().mean(0), gain * angle.sin().mean(0), of.interleaved)
+    return rotate(vector.double(), angle.cos().mean(0), angle.sin().mean(0), of.interleaved)
 
 
 def run_of(token: int, first: int, start: int, config: TokenSelectConfig, max_distance: int) -> Tensor:
@@ -167,13 +167,13 @@ def naive_choice(layer: Layer, queries: Tensor, block: Block) -> list[int]:
         logits = torch.empty(HEADS, end - begin, dtype=torch.float64)
         for token in range(begin, end):
             run, near = run_of(token, begin, block.start, config, MAX_DISTANCE), torch.tensor([config.num_local_tokens])
-            gain = 1 + (config.far_gain - 1) * float(run.mean()) / MAX_DISTANCE
-            query = turned(pooled, near, of) if view == "position_free" else turned(pooled, run, of, gain)
-            if view == "merged":
-                query = (query + turned(pooled, near, of, gain)) / 2
+            at_one, at_own = turned(pooled, near, of), turned(pooled, run, of)
+            query = {"position_free": at_one, "distance": at_own, "merged": at_one + at_own}[view]
             logits[:, token - begin] = scale * (query.view(KV_HEADS, -1, DIM) @ keys[token, :, :, None]).flatten()
         votes = logits.softmax(-1).sum(0)[first - begin : last - begin]
         total += votes / votes.sum()
+    if config.vote_horizon:
+        total *= config.vote_horizon / (config.vote_horizon + last - torch.arange(first, last))
     reach = config.smoothing_window // 2
     smooth = [float(total[max(0, i - reach) : i + reach + 1].max()) for i in range(len(total))]
     best = sorted(range(len(total)), key=lambda i: (-smooth[i], i))[: config.num_selected_tokens]
@@ -183,9 +183,8 @@ def naive_choice(layer: Layer, queries: Tensor, block: Block) -> list[int]:
 CHANGES: dict[str, dict[str, Any]] = {
     "merged": {},
     "mix": {"scoring": "mix"},
-    "mix-no-gain": {"scoring": "mix", "far_gain": 1.0},
-    "much-gain": {"far_gain": 3.0},
-    "less-when-far": {"far_gain": 0.5},
+    "all-alike": {"vote_horizon": 0},
+    "near-first": {"vote_horizon": 2},
     "position_free": {"scoring": "position_free"},
     "distance": {"scoring": "distance"},
     "head-weights": {"head_weights": True},

@@ -41,7 +41,7 @@ class TokenSelectConfig:
     scoring: Scoring = _setting(
         "merged",
         "how keys are scored: position_free, all at one distance; distance, at bucketed distances; merged, by one "
-        "query that is the mean of both; mix, by both, one after the other",
+        "query that adds both logits; mix, by both, one after the other",
     )
     score_dtype: ScoreDtype = _setting(
         "int8", "what scoring reads: the keys as they are cached, or a copy in int8, half the bytes of 16-bit keys"
@@ -53,11 +53,11 @@ class TokenSelectConfig:
     max_distance: int | None = _setting(
         None, "largest distance that scoring uses; default: 7/8 of the model's trained window", low=1
     )
-    far_gain: float = _setting(
-        1.2, "factor of the logits of the vote at the largest distance, nearer by as much nearer to 1; 1: none"
-    )
     head_weights: bool = _setting(
         False, "count sinks and local tokens in each head's softmax, so that heads that look there vote less"
+    )
+    vote_horizon: int = _setting(
+        512, "a vote counts half for a token so far before the local window, the farther the less; 0: all alike"
     )
     scale_votes: bool = _setting(True, "scale the logits of the vote by the model's attention scale")
     smoothing_window: int = _setting(1, "odd width of a max-pool over the votes; 1: none", low=1)
@@ -91,6 +91,7 @@ class TokenSelectConfig:
             num_dense_tokens=0,
             num_tail_tokens=0,
             scoring="position_free",
+            vote_horizon=0,
             scale_votes=False,
             reuse_threshold=0.9,
             reuse_test="flat",

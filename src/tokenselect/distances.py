@@ -2,6 +2,7 @@
 
 Scored as if just outside the local window, keys are found however far they are; scored at their distance, what a head
 looks for near is found near. A logit with the mean of both rotations is the mean of both logits, so one query does it.
+Twice that is their sum, and a head's share of the vote then is as the product of both shares.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tokenselect.config import TokenSelectConfig
 from tokenselect.ops.reference import Distances
-from tokenselect.rotary import RotaryTable, mean_rotation, middle_distance
+from tokenselect.rotary import RotaryTable, mean_rotation
 
 
 def has_one_distance(config: TokenSelectConfig) -> bool:
@@ -61,9 +62,6 @@ def run_rotations(
 ) -> tuple[Tensor, Tensor]:
     """Rotations of the query for runs of keys.
 
-    Most keys of a long context are far and none of them matters, but there are many: `config.far_gain` tells those that
-    do apart from them, by logits that grow with the distance. Dimensions that the model does not rotate take no part.
-
     Args:
         nearest: [num_runs] int64, smallest distance of each run.
         config: the settings.
@@ -71,15 +69,14 @@ def run_rotations(
         table: rotations of the model.
 
     Returns:
-        Cosines and sines, each [num_runs, rotary_dim / 2] float32; no rotations proper, as they are shortened.
+        Cosines and sines, each [num_runs, rotary_dim / 2] float32; no rotations proper: they change lengths.
     """
     size = config.distance_bucket_size
     cos, sin = mean_rotation(table.frequencies, nearest, size, max_distance)
     if config.scoring == "merged":
         angle = table.frequencies * config.num_local_tokens
         cos, sin = (cos + angle.cos()) / 2, (sin + angle.sin()) / 2
-    gain = 1 + (config.far_gain - 1) * middle_distance(nearest, size, max_distance)[:, None] / max_distance
-    return (cos * gain).float(), (sin * gain).float()
+    return cos.float(), sin.float()
 
 
 def num_clipped(nearest: Tensor, size: int, max_distance: int) -> Tensor:

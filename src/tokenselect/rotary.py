@@ -63,7 +63,7 @@ def mean_rotation(frequencies: Tensor, nearest: Tensor, size: int, max_distance:
 
     Source: method.md, section 5 (distance buckets).
     """
-    middle = middle_distance(nearest, size, max_distance)
+    middle = (nearest.double() + (size - 1) / 2).clamp(max=max_distance)
     half_step = frequencies.double() / 2
     shorten = torch.where(
         half_step.abs() < 1e-9,
@@ -72,11 +72,6 @@ def mean_rotation(frequencies: Tensor, nearest: Tensor, size: int, max_distance:
     )
     angle = middle[:, None] * frequencies.double()
     return (angle.cos() * shorten).float(), (angle.sin() * shorten).float()
-
-
-def middle_distance(nearest: Tensor, size: int, max_distance: int) -> Tensor:
-    """The middle of the distances `nearest, ..., nearest + size - 1`, float64, at most `max_distance`."""
-    return (nearest.double() + (size - 1) / 2).clamp(max=max_distance)
 
 
 class HostRotary:

@@ -248,6 +248,7 @@ def choose_tokens(
         plan.context,
         key_scales,
         key_center,
+        config.vote_horizon,
     )
     if reduce is not None:  # each process has as many heads, so its votes weigh as much
         votes = reduce(votes)
@@ -258,7 +259,8 @@ def choose_tokens(
 
 def vote_scale(scale: float, table: RotaryTable, config: TokenSelectConfig) -> float:
     """Factor of the logits of the vote, for a factor `scale` of the attention logits."""
-    return scale * table.attention_factor**2 if config.scale_votes else 1.0
+    added = 2 if config.scoring == "merged" else 1  # logits, of which the rotation gives the mean
+    return added * (scale * table.attention_factor**2 if config.scale_votes else 1.0)
 
 
 def _reuse(

@@ -111,6 +111,7 @@ class Votes:
     context: Tensor | None
     views: list[Distances]
     scale: float
+    horizon: float = 0.0
 
     def score(self, ops: Backend = reference) -> tuple[Tensor, Tensor]:  # type: ignore[assignment]
         return ops.score_tokens(
@@ -122,6 +123,7 @@ class Votes:
             self.views,
             self.scale,
             self.context,
+            horizon=self.horizon,
         )
 
 
@@ -148,6 +150,7 @@ def votes_case(
     half: int = 8,
     interleaved: bool = False,
     dtype: torch.dtype = torch.float32,
+    horizon: float = 0.0,
 ) -> Votes:
     sequences = sequences_of([41, 60], heads[1], dim, dtype)
     of, ends = torch.tensor([0, 1, 1, 1]), [30, 23, 24, 53]
@@ -156,7 +159,7 @@ def votes_case(
     lengths = [int(b - a) for a, b in (candidates if spans is None else spans)]
     queries = torch.randn(4, heads[0], dim)
     views = views_of(scoring, lengths, half, interleaved)
-    return Votes(LAYOUTS[layout](sequences), sequences, queries, of, candidates, spans, views, 0.3)
+    return Votes(LAYOUTS[layout](sequences), sequences, queries, of, candidates, spans, views, 0.3, horizon)
 
 
 @dataclass

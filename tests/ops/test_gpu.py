@@ -105,6 +105,12 @@ def test_votes(layout: str, scoring: str, context: bool) -> None:
     check_votes(votes_case(layout, scoring=scoring, context=context))
 
 
+@pytest.mark.parametrize("horizon", [1.0, 20.0, 512.0])
+@pytest.mark.parametrize("context", [False, True], ids=["", "context"])
+def test_votes_count_less_by_age(horizon: float, context: bool) -> None:
+    check_votes(votes_case(context=context, horizon=horizon))
+
+
 @pytest.mark.parametrize("dtype", ATTENTION, ids=shapes)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128])
 def test_votes_of_every_head_size(dim: int, dtype: torch.dtype) -> None:

@@ -101,6 +101,8 @@ def naive_votes(case: Votes) -> list[Tensor]:
                     logits[head, t] = case.scale * turned @ keys[first + t, head // group]
             votes = logits.softmax(-1).sum(0)[begin - first : end - first]
             total += votes / votes.sum()
+        if case.horizon:
+            total *= torch.tensor([case.horizon / (case.horizon + end - t) for t in range(begin, end)])
         out.append(total)
     return out
 
@@ -118,6 +120,11 @@ def check_votes(case: Votes) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_votes_equal_a_loop_over_tokens(layout: str, context: bool, scoring: str) -> None:
     check_votes(votes_case(layout, scoring=scoring, context=context))
+
+
+@pytest.mark.parametrize("horizon", [1.0, 20.0])
+def test_votes_count_less_by_age(horizon: float) -> None:
+    check_votes(votes_case(context=True, horizon=horizon))
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=shapes)

@@ -199,7 +199,8 @@ class SteadyLayer:
         maxima = Maxima.of(batch, capacity, config.num_selected_tokens, queries.device)
         votes, _ = score_tokens(
             queries, keys, tables.pages, tables.sequences, tables.candidates, tables.distances,
-            vote_scale(scale, tables.table, config), None, key_scales, center, spans, attended.served, maxima,
+            vote_scale(scale, tables.table, config), None, key_scales, center, config.vote_horizon,
+            spans, attended.served, maxima,
             is_settled=True,
         )  # fmt: skip
         topk_tokens(

@@ -100,7 +100,7 @@ def _settings(config: TokenSelectConfig) -> TokenSelectConfig:
     return config.replace(
         num_dense_tokens=0,
         scoring="distance",
-        far_gain=1.0,
+        vote_horizon=0,
         score_dtype="same",
         distance_bucket_size=4 * PAGE_SIZE,
         head_weights=False,

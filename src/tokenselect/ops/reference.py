@@ -110,11 +110,13 @@ def score_tokens(
     context: Tensor | None = None,
     key_scales: Tensor | None = None,
     key_center: Tensor | None = None,
+    horizon: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """All heads of a block vote for the cached tokens that matter (the soft vote).
 
     For each view of the distances: `votes[t] = sum_h softmax_t(scale * <R q[h], k[h // group][t]>)`, where R rotates
-    by the distance that the view gives to t's run. Views are normalised to a sum of 1 and added (the mix).
+    by the distance that the view gives to t's run. Views are normalised to a sum of 1 and added (the mix). Of a vote
+    for a token `horizon` before the last candidates half counts, see `by_age`.
 
     Args:
         queries: [num_blocks, num_q_heads, head_dim] float32, one pooled query per block and head, rotated as if
@@ -129,6 +131,7 @@ def score_tokens(
             is equal to them where not given.
         key_scales: [num_rows, num_kv_heads] float32, where `keys` are an int8 copy: a key is its integers times this.
         key_center: [num_seqs, num_kv_heads, head_dim] float32, to be added to the keys of an int8 copy.
+        horizon: tokens; 0: all votes count alike.
 
     Returns:
         votes: [sum of candidates] float32 >= 0; those of a block sum to at most the number of views.
@@ -148,8 +151,18 @@ def score_tokens(
             logits = vote_logits(queries[group], rows, view, group) * scale
             logits.masked_fill_(outside[:, None], float("-inf"))
             total += _normalised(torch.softmax(logits, dim=-1).sum(1), bounds)
-        votes += [row[start:end] for row, (start, end) in zip(total, bounds.tolist(), strict=True)]
+        own = [row[start:end] for row, (start, end) in zip(total, bounds.tolist(), strict=True)]
+        votes += [row * by_age(row, horizon) for row in own] if horizon else own
     return torch.cat(votes), _start_loc(candidates[:, 1] - candidates[:, 0])
+
+
+def by_age(votes: Tensor, horizon: float) -> Tensor:
+    """Part of each vote [T] that counts: `horizon / (horizon + age)`, the last candidate's age being 1.
+
+    Most of what a long context holds is far and matters little to what is foretold next, but there is much of it.
+    """
+    age = torch.arange(votes.shape[-1], 0, -1, dtype=torch.float32, device=votes.device)
+    return horizon / (horizon + age)
 
 
 def scored_keys(

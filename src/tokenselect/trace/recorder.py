@@ -149,6 +149,7 @@ def _votes(selected: Selected, plan: SelectionPlan, indices: Tensor) -> Tensor:
         plan.context,
         selected.key_scales,
         selected.key_center,
+        selected.config.vote_horizon,
     )
 
 

@@ -120,6 +120,7 @@ def score_tokens(
     context: Tensor | None = None,
     key_scales: Tensor | None = None,
     key_center: Tensor | None = None,
+    horizon: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.reference.score_tokens`."""
     if torch.compiler.is_compiling():
@@ -142,11 +143,13 @@ def score_tokens(
             context,
             key_scales,
             key_center,
+            horizon,
         )
         return votes
     from tokenselect.ops.gpu.score import score_tokens as score
 
-    return score(queries, keys, pages, sequences, candidates, distances, scale, context, key_scales, key_center)
+    given = queries, keys, pages, sequences, candidates, distances
+    return score(*given, scale, context, key_scales, key_center, horizon)
 
 
 def topk_tokens(votes: Tensor, start_loc: Tensor, k: int) -> Tensor:

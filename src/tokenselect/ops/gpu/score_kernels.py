@@ -326,7 +326,7 @@ def _powers(
 
 @triton.jit
 def sum_votes(
-    weights, peaks, totals, candidates, context, served, start_loc, votes, maxima, num_listed,
+    weights, peaks, totals, candidates, context, served, start_loc, votes, maxima, num_listed, horizon,
     num_blocks, num_pieces, num_groups, num_chunks,
     CHUNK: tl.constexpr, KV: tl.constexpr, KV_PAD: tl.constexpr, KV_AT_ONCE: tl.constexpr, GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr, BLOCKS: tl.constexpr, LAUNCHES: tl.constexpr, ROWS: tl.constexpr,
@@ -370,6 +370,8 @@ def sum_votes(
             high = (tl.load(candidates + 2 * block + 1) - begin).to(tl.int32)
             mine = (r // GROUP_PAD % BLOCKS == n) & (r % GROUP_PAD < GROUP)
             own_votes = tl.sum(tl.sum(tl.where(mine[None, None, None, :], out, 0.0), axis=3), axis=0)
+            if horizon is not None:
+                own_votes *= horizon / (horizon + (high - offset).to(tl.float32))
             place = votes + tl.load(start_loc + block) + offset - low
             is_vote = (offset >= low) & (offset < high)
             tl.store(place, own_votes, mask=is_vote)
