@@ -12,20 +12,20 @@ Table = Callable[..., str]
 Number = Callable[[float], str]
 
 _PHASES = {
-    "block bf16": "512-token block, mixed scoring, bf16 keys",
+    "block bf16": "512-token block, bf16 keys scored",
     "block int8": "... int8 copy (the default)",
     "block bf16, one distance": "512-token block, one distance, bf16 keys",
     "block int8, one distance": "... int8 copy",
-    "step bf16": "decode step, mixed, bf16 keys",
+    "step bf16": "decode step, bf16 keys scored",
     "step int8": "... int8 copy (the default)",
     "step int8, one distance": "... int8 copy, one distance",
     "step hit": "decode step, Selection Cache hit",
     "step miss": "decode step, Selection Cache miss",
 }
 _SPEEDS = {
-    "score bf16": "scoring alone, mixed, bf16 keys, GB/s",
+    "score bf16": "scoring alone, bf16 keys, GB/s",
     "copy of bf16 keys": "a copy of as many bytes, GB/s",
-    "score int8": "scoring alone, mixed, int8 keys, GB/s",
+    "score int8": "scoring alone, int8 keys, GB/s",
     "copy of int8 keys": "a copy of as many bytes, GB/s",
 }
 _MODES = ("block bf16", "step bf16")  # the first of each is preceded by the dense kernel's time

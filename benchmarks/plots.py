@@ -69,7 +69,7 @@ def _needles() -> Figure:
     by_device = {row["device"]: cells(row["device"]) for row in read_rows("eval")}
     known = max(by_device.values(), key=len)
     order = [(method, name) for method in _NEEDLE_METHODS for name in known if name.method == method]
-    shown = {name._replace(settings=""): known[name] for _, name in order if name.task == _NEEDLE}
+    shown = {name: known[name] for _, name in order if name.task == _NEEDLE and not name.settings}
     figure = plt.figure(figsize=(9, 3.2), layout="constrained")
     heat_map(figure, shown, _NEEDLE)
     return figure
