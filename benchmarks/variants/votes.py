@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenselect.methods.selecting import Around, turned_queries
 from tokenselect.ops import Backend
 from tokenselect.ops.paging import PageTable
-from tokenselect.ops.reference import Distances
+from tokenselect.ops.reference import Distances, by_age
 
 Vote = Callable[[Tensor], Tensor]  # logits [Hq, T] to votes [T]
 
@@ -62,15 +62,19 @@ class OtherVotes(Around):
         candidates: Tensor,
         distances: Sequence[Distances],
         scale: float,
-        *rest: Tensor | None,
+        context: Tensor | None = None,
+        key_scales: Tensor | None = None,
+        key_center: Tensor | None = None,
+        horizon: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """As `ops.reference.score_tokens`, for keys as they are cached."""
         votes = []
         for i, (sequence, (first, end)) in enumerate(zip(sequences.tolist(), candidates.tolist(), strict=True)):
             own = pages.rows(keys, sequence, first, end).float()
             views = [self._vote(_logits(turned_queries(queries[i], view, i), own, view) * scale) for view in distances]
-            votes.append(sum(view / view.sum().clamp(min=1e-30) for view in views))
-        return torch.cat(votes), torch.nn.functional.pad(candidates.diff()[:, 0].cumsum(0), (1, 0))  # type: ignore[arg-type]
+            total = torch.stack([view / view.sum().clamp(min=1e-30) for view in views]).sum(0)
+            votes.append(total * by_age(total, horizon) if horizon else total)
+        return torch.cat(votes), torch.nn.functional.pad(candidates.diff()[:, 0].cumsum(0), (1, 0))
 
 
 def _logits(turned: Tensor, keys: Tensor, view: Distances) -> Tensor:

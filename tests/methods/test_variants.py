@@ -46,12 +46,13 @@ def scored(score: Score, scoring: str = "mix", *starts: int) -> torch.Tensor:
         plan.context,
         None,
         None,
+        50.0,
     )
     assert start_loc.tolist()[-1] == len(votes)
     return votes
 
 
-@pytest.mark.parametrize("scoring", ["mix", "position_free", "distance"])
+@pytest.mark.parametrize("scoring", ["merged", "mix", "position_free", "distance"])
 def test_the_soft_vote_is_that_of_the_definition(scoring: str) -> None:
     soft = OtherVotes(reference, lambda logits: logits.softmax(-1).sum(0))  # type: ignore[arg-type]
     torch.testing.assert_close(scored(soft.score_tokens, scoring), scored(reference.score_tokens, scoring))
