@@ -31,8 +31,7 @@ torch gathers, rotates and attends by SDPA ([ops_amx.csv](../benchmarks/results/
 _ZEN4 = """## On a Zen 4
 
 {device}, {threads} threads, torch {torch}; `python -m benchmarks.block_attention` at commit {commit}, {when}. It makes
-half as many products a cycle as a Zen 5. Scoring reads keys from its caches no faster than from memory, so it waits
-for arithmetic ([experiments.md](experiments.md)).
+half as many products a cycle as a Zen 5, and scoring waits for arithmetic ([experiments.md](experiments.md)).
 
 A block of 512 tokens against the fastest dense kernel, selection included:
 """

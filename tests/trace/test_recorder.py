@@ -115,7 +115,7 @@ def test_votes_are_those_of_the_choice(
     scoring: Any, num_views: int, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[torch.Tensor] = []
-    llm = LLM(loaded, config=SMALL.replace(backend="reference", scoring=scoring), trace=True)
+    llm = LLM(loaded, config=SMALL.replace(backend="reference", scoring=scoring, vote_horizon=0), trace=True)
     from tokenselect.ops import reference
 
     original = reference.score_tokens

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenselect.ops.paging import PageTable
-from tokenselect.ops.reference import Distances, by_age, rotate, scored_keys, vote_logits
+from tokenselect.ops.reference import Distances, rotate, scored_keys, vote_logits
 
 
 def votes_by_head(
@@ -23,7 +23,6 @@ def votes_by_head(
     context: Tensor | None = None,
     key_scales: Tensor | None = None,
     key_center: Tensor | None = None,
-    horizon: float = 0.0,
 ) -> Tensor:
     """Each head's part in the votes that one block gives to some of its candidates.
 
@@ -39,11 +38,10 @@ def votes_by_head(
         context: [1, 2] int64, the positions that a head's softmax covers; the candidates where not given.
         key_scales: [num_rows, num_kv_heads] float32, those of an int8 copy.
         key_center: [num_seqs, num_kv_heads, head_dim] float32, that of an int8 copy.
-        horizon: as `score_tokens` takes it.
 
     Returns:
-        [k, num_q_heads] float32 >= 0. Summed over the heads it is what `score_tokens` gives to these candidates; a
-        position that is no candidate has 0.
+        [k, num_q_heads] float32 >= 0. Summed over the heads it is what `score_tokens` gives to these candidates where
+        it has no horizon; a position that is no candidate has 0.
     """
     first, last = (candidates if context is None else context)[0].tolist()
     lower, upper = candidates[0].tolist()
@@ -55,10 +53,6 @@ def votes_by_head(
         shares = torch.softmax(vote_logits(queries, rows, view, slice(0, 1))[0] * scale, dim=-1)  # [Hq, T]
         whole = shares[:, lower - first : upper - first].sum().clamp(min=torch.finfo(shares.dtype).tiny)
         total += shares[:, places].T / whole
-    if horizon:
-        total *= by_age(shares[0, lower - first : upper - first], horizon)[
-            (positions - lower).clamp(0, upper - lower - 1), None
-        ]
     return total.masked_fill(~is_candidate[:, None], 0)
 
 

@@ -30,7 +30,7 @@ class Trace:
         layers: [num_layers] int32, the layers that select.
         start_loc: [num_steps * num_layers + 1] int64, where each cell's selection begins.
         indices: [sum of selected] int32, positions, ascending within a cell.
-        votes: [sum of selected] float16; those of all candidates of a cell would sum to 1.
+        votes: [sum of selected] float16, before they count less by age: those of all candidates of a cell sum to 1.
         head_shares: [sum of selected, num_q_heads] uint8, each head's part in the vote, in 255ths.
         windows: [num_steps, num_layers] int32, where the local window begins; 0: everything was attended.
         served: [num_steps, num_layers] int8: 1, the Selection Cache served the step; 0, it did not; -1, not asked.

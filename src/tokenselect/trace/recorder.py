@@ -52,8 +52,8 @@ class Cell:
 
     Attributes:
         indices: [k] int32, positions chosen by vote, ascending.
-        votes: [k] float16, the query's own votes for them, also where an earlier selection was reused; all candidates'
-            votes sum to 1.
+        votes: [k] float16, the query's own votes for them, also where an earlier selection was reused, before they
+            count less by age; all candidates' votes sum to 1.
         head_shares: [k, num_q_heads] uint8, each head's part in a token's vote, in 255ths.
         window_start: where the local window begins, which ends with the query.
         served: whether the Selection Cache served it; None: it was not asked.
@@ -149,7 +149,6 @@ def _votes(selected: Selected, plan: SelectionPlan, indices: Tensor) -> Tensor:
         plan.context,
         selected.key_scales,
         selected.key_center,
-        selected.config.vote_horizon,
     )
 
 
