@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenselect.methods.selecting import Around, turned_queries
 from tokenselect.ops import Backend
 from tokenselect.ops.paging import PageTable
-from tokenselect.ops.reference import Distances, by_age
+from tokenselect.ops.reference import Distances, aged
 
 Vote = Callable[[Tensor], Tensor]  # logits [Hq, T] to votes [T]
 
@@ -73,7 +73,7 @@ class OtherVotes(Around):
             own = pages.rows(keys, sequence, first, end).float()
             views = [self._vote(_logits(turned_queries(queries[i], view, i), own, view) * scale) for view in distances]
             total = torch.stack([view / view.sum().clamp(min=1e-30) for view in views]).sum(0)
-            votes.append(total * by_age(total, horizon) if horizon else total)
+            votes.append(aged(total, horizon))
         return torch.cat(votes), torch.nn.functional.pad(candidates.diff()[:, 0].cumsum(0), (1, 0))
 
 

@@ -115,8 +115,7 @@ def score_tokens(
     """All heads of a block vote for the cached tokens that matter (the soft vote).
 
     For each view of the distances: `votes[t] = sum_h softmax_t(scale * <R q[h], k[h // group][t]>)`, where R rotates
-    by the distance that the view gives to t's run. Views are normalised to a sum of 1 and added (the mix). Of a vote
-    for a token `horizon` before the last candidates half counts, see `by_age`.
+    by the distance that the view gives to t's run. Views are normalised to a sum of 1 and added (the mix).
 
     Args:
         queries: [num_blocks, num_q_heads, head_dim] float32, one pooled query per block and head, rotated as if
@@ -131,7 +130,7 @@ def score_tokens(
             is equal to them where not given.
         key_scales: [num_rows, num_kv_heads] float32, where `keys` are an int8 copy: a key is its integers times this.
         key_center: [num_seqs, num_kv_heads, head_dim] float32, to be added to the keys of an int8 copy.
-        horizon: tokens; 0: all votes count alike.
+        horizon: of each vote `horizon / (horizon + age)` counts, see `aged`; 0: all count alike.
 
     Returns:
         votes: [sum of candidates] float32 >= 0; those of a block sum to at most the number of views.
@@ -151,18 +150,14 @@ def score_tokens(
             logits = vote_logits(queries[group], rows, view, group) * scale
             logits.masked_fill_(outside[:, None], float("-inf"))
             total += _normalised(torch.softmax(logits, dim=-1).sum(1), bounds)
-        own = [row[start:end] for row, (start, end) in zip(total, bounds.tolist(), strict=True)]
-        votes += [row * by_age(row, horizon) for row in own] if horizon else own
+        votes += [aged(row[start:end], horizon) for row, (start, end) in zip(total, bounds.tolist(), strict=True)]
     return torch.cat(votes), _start_loc(candidates[:, 1] - candidates[:, 0])
 
 
-def by_age(votes: Tensor, horizon: float) -> Tensor:
-    """Part of each vote [T] that counts: `horizon / (horizon + age)`, the last candidate's age being 1.
-
-    Most of what a long context holds is far and matters little to what is foretold next, but there is much of it.
-    """
+def aged(votes: Tensor, horizon: float) -> Tensor:
+    """Votes [T] as they count: less by their age, which is 1 for the last candidate."""
     age = torch.arange(votes.shape[-1], 0, -1, dtype=torch.float32, device=votes.device)
-    return horizon / (horizon + age)
+    return votes * (horizon / (horizon + age)) if horizon else votes
 
 
 def scored_keys(
