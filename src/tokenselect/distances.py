@@ -29,8 +29,7 @@ def has_runs(config: TokenSelectConfig) -> bool:
 
 def one_distance(num_blocks: int, distance: int, table: RotaryTable) -> Distances:
     """Every key as if it stood just outside the local window."""
-    angle = table.frequencies * distance
-    cos, sin = (part.float().expand(num_blocks, -1) for part in (angle.cos(), angle.sin()))
+    cos, sin = (part.float().expand(num_blocks, -1) for part in _rotation_by(distance, table.frequencies))
     return Distances(cos, sin, 1, torch.arange(num_blocks + 1, device=cos.device), table.interleaved)
 
 
@@ -71,12 +70,17 @@ def run_rotations(
     Returns:
         Cosines and sines, each [num_runs, rotary_dim / 2] float32; no rotations proper: they change lengths.
     """
-    size = config.distance_bucket_size
-    cos, sin = mean_rotation(table.frequencies, nearest, size, max_distance)
+    frequencies = table.frequencies  # a steady step on a GPU works them out every time
+    cos, sin = mean_rotation(frequencies, nearest, config.distance_bucket_size, max_distance)
     if config.scoring == "merged":
-        angle = table.frequencies * config.num_local_tokens
-        cos, sin = (cos + angle.cos()) / 2, (sin + angle.sin()) / 2
+        near_cos, near_sin = _rotation_by(config.num_local_tokens, frequencies)
+        cos, sin = (cos + near_cos) / 2, (sin + near_sin) / 2
     return cos.float(), sin.float()
+
+
+def _rotation_by(distance: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    angle = frequencies * distance
+    return angle.cos(), angle.sin()
 
 
 def num_clipped(nearest: Tensor, size: int, max_distance: int) -> Tensor:

@@ -117,6 +117,12 @@ def test_votes_over_many_chunks(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-4 if dtype == torch.float32 else 3e-2)
 
 
+@pytest.mark.parametrize("horizon", [30.0, 512.0])
+def test_votes_of_many_chunks_count_less_by_age(horizon: float) -> None:
+    case = replace(long_case(torch.float32), horizon=horizon)
+    torch.testing.assert_close(case.score(cpu)[0], case.score()[0], atol=1e-9, rtol=1e-4)
+
+
 @pytest.mark.parametrize("page_size", [1, 100, 256, 700, 4000])
 def test_votes_over_pages_of_any_size(page_size: int) -> None:
     """Pages that divide the kernels' chunks of keys, that do not, and one page."""

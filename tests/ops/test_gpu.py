@@ -147,6 +147,11 @@ def long_case(
     return Votes(paged(sequences, 16), sequences, queries, of, candidates, None, views, 0.2)
 
 
+@pytest.mark.parametrize("blocks", [1, 5])
+def test_votes_of_many_tiles_count_less_by_age(blocks: int) -> None:
+    check_votes(replace(long_case(torch.float32, blocks=blocks), horizon=30.0), atol=1e-8, rtol=1e-3)
+
+
 @pytest.mark.parametrize("run_size", [64, 128, 48, 20])
 @pytest.mark.parametrize("blocks", [1, 5])
 def test_votes_of_runs_of_any_size(run_size: int, blocks: int) -> None:

@@ -98,7 +98,6 @@ def _settings(config: TokenSelectConfig) -> TokenSelectConfig:
         num_selected_tokens=k,
         num_dense_tokens=0,
         scoring="position_free",
-        vote_horizon=0,
         score_dtype="same",
         reuse_threshold=2.0,
         local_includes_block=False,

@@ -123,7 +123,6 @@ def _settings(config: TokenSelectConfig) -> TokenSelectConfig:
         num_dense_tokens=0,
         num_tail_tokens=0,
         scoring="position_free",
-        vote_horizon=0,
         score_dtype="same",
         reuse_threshold=1.0,
         local_includes_block=False,
