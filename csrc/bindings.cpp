@@ -56,8 +56,8 @@ void score_tokens(StableIValue* stack, uint64_t, uint64_t) {
   const double scale = value_of<double>(stack[18]);
   const Tensor start_loc(stack[19], "start_loc"), key_center(stack[20], "key_center");
   const Tensor alike0(stack[21], "alike"), alike1(stack[22], "alike");
-  const double horizon = value_of<double>(stack[23]);
-  const Tensor votes(stack[24], "votes");
+  const double horizon = value_of<double>(stack[23]), prior = value_of<double>(stack[24]);
+  const Tensor votes(stack[25], "votes");
   ScoreArgs args{};
   args.queries = queries.shaped({-1, -1, -1}).data<float>();
   args.num_blocks = queries.size(0), args.num_q_heads = queries.size(1), args.head_dim = queries.size(2);
@@ -74,7 +74,7 @@ void score_tokens(StableIValue* stack, uint64_t, uint64_t) {
   args.views[1] = view_of(cos1, sin1, run_size1, runs1, alike1, args);
   args.num_views = run_size1 ? 2 : 1;
   args.interleaved = interleaved;
-  args.scale = (float)scale, args.horizon = (float)horizon;
+  args.scale = (float)scale, args.horizon = (float)horizon, args.prior = (float)prior;
   args.start_loc = start_loc.shaped({args.num_blocks + 1}).data<int64_t>();
   args.votes = votes.shaped({-1}).data<float>();
   check_values(args, {pages.size(0), votes.size(0), {cos0.size(0), cos1.size(0)}});

@@ -67,6 +67,7 @@ struct ScoreArgs {
   bool interleaved;
   float scale;
   float horizon;  // half of a vote counts for a token so far before the last candidates; 0: all count alike
+  float prior;    // added to a vote before it ages
   const int64_t* start_loc;  // [num_blocks + 1]
   float* votes;
 };

@@ -234,7 +234,7 @@ void sum_votes(const Group& g, const float* factors, int64_t block, int64_t chun
       }
     }
     for (int j = 0; j < kSums; j++)
-      store(total + i + j * W, a.horizon > 0 ? sums[j] * by_age(a.horizon, last - from - i - j * W) : sums[j]);
+      store(total + i + j * W, a.horizon > 0 ? (sums[j] + a.prior) * by_age(a.horizon, last - from - i - j * W) : sums[j]);
   }
   float* votes = a.votes + a.start_loc[block] + from - first;
   __builtin_memcpy(votes + low, total + low, (high - low) * sizeof(float));

@@ -174,7 +174,8 @@ def test_defaults_are_the_starting_values_of_the_method() -> None:
     config = TokenSelectConfig()
     assert (config.num_sink_tokens, config.num_local_tokens, config.num_selected_tokens) == (128, 512, 512)
     assert (config.block_size, config.num_tail_tokens, config.distance_bucket_size) == (512, 64, 64)
-    assert (config.scoring, config.vote_horizon, config.head_weights, config.reuse) == ("merged", 512, False, False)
+    assert (config.scoring, config.position_free_weight, config.head_weights) == ("merged", 2.0, False)
+    assert (config.vote_horizon, config.vote_prior, config.reuse) == (512, 1e-4, False)
 
 
 @pytest.mark.parametrize(("threshold", "on"), [(0.0, True), (0.9, True), (1.0, True), (1.0001, False), (2, False)])

@@ -168,11 +168,13 @@ def naive_choice(layer: Layer, queries: Tensor, block: Block) -> list[int]:
         for token in range(begin, end):
             run, near = run_of(token, begin, block.start, config, MAX_DISTANCE), torch.tensor([config.num_local_tokens])
             at_one, at_own = turned(pooled, near, of), turned(pooled, run, of)
-            query = {"position_free": at_one, "distance": at_own, "merged": at_one + at_own}[view]
+            both = config.position_free_weight * at_one + at_own
+            query = {"position_free": at_one, "distance": at_own, "merged": both}[view]
             logits[:, token - begin] = scale * (query.view(KV_HEADS, -1, DIM) @ keys[token, :, :, None]).flatten()
         votes = logits.softmax(-1).sum(0)[first - begin : last - begin]
         total += votes / votes.sum()
     if config.vote_horizon:
+        total += config.vote_prior
         total *= config.vote_horizon / (config.vote_horizon + last - torch.arange(first, last))
     reach = config.smoothing_window // 2
     smooth = [float(total[max(0, i - reach) : i + reach + 1].max()) for i in range(len(total))]
@@ -185,6 +187,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mix": {"scoring": "mix"},
     "all-alike": {"vote_horizon": 0},
     "near-first": {"vote_horizon": 2},
+    "nothing-beforehand": {"vote_prior": 0.0},
+    "much-beforehand": {"vote_prior": 0.5},
+    "one-distance-once": {"position_free_weight": 1.0},
     "position_free": {"scoring": "position_free"},
     "distance": {"scoring": "distance"},
     "head-weights": {"head_weights": True},

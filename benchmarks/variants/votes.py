@@ -66,6 +66,7 @@ class OtherVotes(Around):
         key_scales: Tensor | None = None,
         key_center: Tensor | None = None,
         horizon: float = 0.0,
+        prior: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """As `ops.reference.score_tokens`, for keys as they are cached."""
         votes = []
@@ -73,7 +74,7 @@ class OtherVotes(Around):
             own = pages.rows(keys, sequence, first, end).float()
             views = [self._vote(_logits(turned_queries(queries[i], view, i), own, view) * scale) for view in distances]
             total = torch.stack([view / view.sum().clamp(min=1e-30) for view in views]).sum(0)
-            votes.append(aged(total, horizon))
+            votes.append(aged(total, horizon, prior))
         return torch.cat(votes), torch.nn.functional.pad(candidates.diff()[:, 0].cumsum(0), (1, 0))
 
 

@@ -56,8 +56,14 @@ class TokenSelectConfig:
     head_weights: bool = _setting(
         False, "count sinks and local tokens in each head's softmax, so that heads that look there vote less"
     )
+    position_free_weight: float = _setting(
+        2.0, "merged: how often the logit at one distance counts, beside the one at the key's own"
+    )
     vote_horizon: int = _setting(
         512, "a vote counts half for a token so far before the local window, the farther the less; 0: all alike"
+    )
+    vote_prior: float = _setting(
+        1e-4, "with a vote_horizon: votes of each token beforehand; where no other stands out, the nearest are chosen"
     )
     scale_votes: bool = _setting(True, "scale the logits of the vote by the model's attention scale")
     smoothing_window: int = _setting(1, "odd width of a max-pool over the votes; 1: none", low=1)

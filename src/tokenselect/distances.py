@@ -2,7 +2,7 @@
 
 Scored as if just outside the local window, keys are found however far they are; scored at their distance, what a head
 looks for near is found near. A logit with the mean of both rotations is the mean of both logits, so one query does it.
-Twice that is their sum, and a head's share of the vote then is as the product of both shares.
+Scaled up to their sum, a head's share of the vote is as the product of both shares. The first may count more than once.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def run_rotations(
     cos, sin = mean_rotation(frequencies, nearest, config.distance_bucket_size, max_distance)
     if config.scoring == "merged":
         near_cos, near_sin = _rotation_by(config.num_local_tokens, frequencies)
-        cos, sin = (cos + near_cos) / 2, (sin + near_sin) / 2
+        weight = config.position_free_weight
+        cos, sin = (cos + weight * near_cos) / (1 + weight), (sin + weight * near_sin) / (1 + weight)
     return cos.float(), sin.float()
 
 

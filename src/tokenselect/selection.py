@@ -249,6 +249,7 @@ def choose_tokens(
         key_scales,
         key_center,
         config.vote_horizon,
+        config.vote_prior,
     )
     if reduce is not None:  # each process has as many heads, so its votes weigh as much
         votes = reduce(votes)
@@ -259,7 +260,7 @@ def choose_tokens(
 
 def vote_scale(scale: float, table: RotaryTable, config: TokenSelectConfig) -> float:
     """Factor of the logits of the vote, for a factor `scale` of the attention logits."""
-    added = 2 if config.scoring == "merged" else 1  # logits, of which the rotation gives the mean
+    added = 1 + config.position_free_weight if config.scoring == "merged" else 1  # the rotation gives the mean
     return added * (scale * table.attention_factor**2 if config.scale_votes else 1.0)
 
 

@@ -112,6 +112,7 @@ class Votes:
     views: list[Distances]
     scale: float
     horizon: float = 0.0
+    prior: float = 0.0
 
     def score(self, ops: Backend = reference) -> tuple[Tensor, Tensor]:  # type: ignore[assignment]
         return ops.score_tokens(
@@ -124,6 +125,7 @@ class Votes:
             self.scale,
             self.context,
             horizon=self.horizon,
+            prior=self.prior,
         )
 
 
@@ -151,6 +153,7 @@ def votes_case(
     interleaved: bool = False,
     dtype: torch.dtype = torch.float32,
     horizon: float = 0.0,
+    prior: float = 0.0,
 ) -> Votes:
     sequences = sequences_of([41, 60], heads[1], dim, dtype)
     of, ends = torch.tensor([0, 1, 1, 1]), [30, 23, 24, 53]
@@ -159,7 +162,7 @@ def votes_case(
     lengths = [int(b - a) for a, b in (candidates if spans is None else spans)]
     queries = torch.randn(4, heads[0], dim)
     views = views_of(scoring, lengths, half, interleaved)
-    return Votes(LAYOUTS[layout](sequences), sequences, queries, of, candidates, spans, views, 0.3, horizon)
+    return Votes(LAYOUTS[layout](sequences), sequences, queries, of, candidates, spans, views, 0.3, horizon, prior)
 
 
 @dataclass

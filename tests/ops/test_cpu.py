@@ -68,8 +68,14 @@ def test_votes(layout: str, scoring: str, context: bool) -> None:
 
 @pytest.mark.parametrize("horizon", [1.0, 20.0, 512.0])
 @pytest.mark.parametrize("context", [False, True], ids=["", "context"])
-def test_votes_count_less_by_age(horizon: float, context: bool) -> None:
-    check_votes(votes_case(context=context, horizon=horizon))
+@pytest.mark.parametrize("prior", [0.0, 0.05])
+def test_votes_count_less_by_age(horizon: float, context: bool, prior: float) -> None:
+    check_votes(votes_case(context=context, horizon=horizon, prior=prior))
+
+
+def test_a_prior_without_a_horizon_changes_nothing() -> None:
+    case = votes_case()
+    assert torch.equal(replace(case, prior=0.05).score(cpu)[0], case.score(cpu)[0])
 
 
 @pytest.mark.parametrize("dtype", ATTENTION, ids=shapes)
@@ -119,7 +125,7 @@ def test_votes_over_many_chunks(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("horizon", [30.0, 512.0])
 def test_votes_of_many_chunks_count_less_by_age(horizon: float) -> None:
-    case = replace(long_case(torch.float32), horizon=horizon)
+    case = replace(long_case(torch.float32), horizon=horizon, prior=1e-4)
     torch.testing.assert_close(case.score(cpu)[0], case.score()[0], atol=1e-9, rtol=1e-4)
 
 

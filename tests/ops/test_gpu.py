@@ -107,8 +107,14 @@ def test_votes(layout: str, scoring: str, context: bool) -> None:
 
 @pytest.mark.parametrize("horizon", [1.0, 20.0, 512.0])
 @pytest.mark.parametrize("context", [False, True], ids=["", "context"])
-def test_votes_count_less_by_age(horizon: float, context: bool) -> None:
-    check_votes(votes_case(context=context, horizon=horizon))
+@pytest.mark.parametrize("prior", [0.0, 0.05])
+def test_votes_count_less_by_age(horizon: float, context: bool, prior: float) -> None:
+    check_votes(votes_case(context=context, horizon=horizon, prior=prior))
+
+
+def test_a_prior_without_a_horizon_changes_nothing() -> None:
+    case = votes_case()
+    assert torch.equal(replace(case, prior=0.05).score(ours)[0], case.score(ours)[0])
 
 
 @pytest.mark.parametrize("dtype", ATTENTION, ids=shapes)
@@ -149,7 +155,7 @@ def long_case(
 
 @pytest.mark.parametrize("blocks", [1, 5])
 def test_votes_of_many_tiles_count_less_by_age(blocks: int) -> None:
-    check_votes(replace(long_case(torch.float32, blocks=blocks), horizon=30.0), atol=1e-8, rtol=1e-3)
+    check_votes(replace(long_case(torch.float32, blocks=blocks), horizon=30.0, prior=1e-4), atol=1e-8, rtol=1e-3)
 
 
 @pytest.mark.parametrize("run_size", [64, 128, 48, 20])

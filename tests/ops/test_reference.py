@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -102,6 +103,7 @@ def naive_votes(case: Votes) -> list[Tensor]:
             votes = logits.softmax(-1).sum(0)[begin - first : end - first]
             total += votes / votes.sum()
         if case.horizon:
+            total += case.prior
             total *= torch.tensor([case.horizon / (case.horizon + end - t) for t in range(begin, end)])
         out.append(total)
     return out
@@ -123,8 +125,14 @@ def test_votes_equal_a_loop_over_tokens(layout: str, context: bool, scoring: str
 
 
 @pytest.mark.parametrize("horizon", [1.0, 20.0])
-def test_votes_count_less_by_age(horizon: float) -> None:
-    check_votes(votes_case(context=True, horizon=horizon))
+@pytest.mark.parametrize("prior", [0.0, 0.05])
+def test_votes_count_less_by_age(horizon: float, prior: float) -> None:
+    check_votes(votes_case(context=True, horizon=horizon, prior=prior))
+
+
+def test_a_prior_without_a_horizon_changes_nothing() -> None:
+    case = votes_case()
+    assert torch.equal(replace(case, prior=0.05).score()[0], case.score()[0])
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=shapes)

@@ -200,7 +200,7 @@ class SteadyLayer:
         votes, _ = score_tokens(
             queries, keys, tables.pages, tables.sequences, tables.candidates, tables.distances,
             vote_scale(scale, tables.table, config), None, key_scales, center, config.vote_horizon,
-            spans, attended.served, maxima,
+            config.vote_prior, spans, attended.served, maxima,
             is_settled=True,
         )  # fmt: skip
         topk_tokens(

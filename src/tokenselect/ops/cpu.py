@@ -32,7 +32,7 @@ _SCHEMAS = (
     "score_tokens(Tensor queries, Tensor keys, Tensor key_scales, Tensor pages, Tensor padding, int page_size, "
     "Tensor sequences, Tensor candidates, Tensor context, Tensor cos0, Tensor sin0, Tensor runs0, int run_size0, "
     "Tensor cos1, Tensor sin1, Tensor runs1, int run_size1, bool interleaved, float scale, Tensor start_loc, "
-    "Tensor key_center, Tensor alike0, Tensor alike1, float horizon, Tensor(a!) votes) -> ()",
+    "Tensor key_center, Tensor alike0, Tensor alike1, float horizon, float prior, Tensor(a!) votes) -> ()",
     "pool_queries(Tensor queries, Tensor starts, Tensor counts, Tensor cos, Tensor sin, bool interleaved, "
     "Tensor(a!) pooled) -> ()",
     "topk_tokens(Tensor votes, Tensor start_loc, int k, Tensor(a!) indices) -> ()",
@@ -165,6 +165,7 @@ def score_tokens(
     key_scales: Tensor | None = None,
     key_center: Tensor | None = None,
     horizon: float = 0.0,
+    prior: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.reference.score_tokens`."""
     if not 1 <= len(distances) <= 2:
@@ -199,6 +200,7 @@ def score_tokens(
         _NO_INTEGERS if first.alike is None else first.alike,
         _NO_INTEGERS if second.alike is None else second.alike,
         horizon,
+        prior,
         votes,
     )
     return votes, start_loc

@@ -111,6 +111,7 @@ def score_tokens(
     key_scales: Tensor | None = None,
     key_center: Tensor | None = None,
     horizon: float = 0.0,
+    prior: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """All heads of a block vote for the cached tokens that matter (the soft vote).
 
@@ -126,14 +127,13 @@ def score_tokens(
         candidates: [num_blocks, 2] int64, first and one past the last position that may be chosen.
         distances: one or more views; runs start at the first position of the context.
         scale: factor of the logits.
-        context: [num_blocks, 2] int64, the positions that a head's softmax covers; it contains the candidates and
-            is equal to them where not given.
+        context: [num_blocks, 2] int64, what a head's softmax covers: no less than the candidates; default: no more.
         key_scales: [num_rows, num_kv_heads] float32, where `keys` are an int8 copy: a key is its integers times this.
         key_center: [num_seqs, num_kv_heads, head_dim] float32, to be added to the keys of an int8 copy.
-        horizon: of each vote `horizon / (horizon + age)` counts, see `aged`; 0: all count alike.
+        horizon, prior: `(vote + prior) * horizon / (horizon + age)` counts, see `aged`; no horizon: the vote alone.
 
     Returns:
-        votes: [sum of candidates] float32 >= 0; those of a block sum to at most the number of views.
+        votes: [sum of candidates] float32 >= 0; with no prior, a block's sum to at most the number of views.
         start_loc: [num_blocks + 1] int64, where each block's votes begin.
     """
     context = candidates if context is None else context
@@ -150,14 +150,14 @@ def score_tokens(
             logits = vote_logits(queries[group], rows, view, group) * scale
             logits.masked_fill_(outside[:, None], float("-inf"))
             total += _normalised(torch.softmax(logits, dim=-1).sum(1), bounds)
-        votes += [aged(row[start:end], horizon) for row, (start, end) in zip(total, bounds.tolist(), strict=True)]
+        votes += [aged(row[low:high], horizon, prior) for row, (low, high) in zip(total, bounds.tolist(), strict=True)]
     return torch.cat(votes), _start_loc(candidates[:, 1] - candidates[:, 0])
 
 
-def aged(votes: Tensor, horizon: float) -> Tensor:
-    """Votes [T] as they count: less by their age, which is 1 for the last candidate."""
+def aged(votes: Tensor, horizon: float, prior: float) -> Tensor:
+    """Votes [T] as they count: the prior is added, and they count less by their age, 1 for the last candidate."""
     age = torch.arange(votes.shape[-1], 0, -1, dtype=torch.float32, device=votes.device)
-    return votes * (horizon / (horizon + age)) if horizon else votes
+    return (votes + prior) * (horizon / (horizon + age)) if horizon else votes
 
 
 def scored_keys(

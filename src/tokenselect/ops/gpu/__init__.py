@@ -121,6 +121,7 @@ def score_tokens(
     key_scales: Tensor | None = None,
     key_center: Tensor | None = None,
     horizon: float = 0.0,
+    prior: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.reference.score_tokens`."""
     if torch.compiler.is_compiling():
@@ -144,12 +145,13 @@ def score_tokens(
             key_scales,
             key_center,
             horizon,
+            prior,
         )
         return votes
     from tokenselect.ops.gpu.score import score_tokens as score
 
     given = queries, keys, pages, sequences, candidates, distances
-    return score(*given, scale, context, key_scales, key_center, horizon)
+    return score(*given, scale, context, key_scales, key_center, horizon, prior)
 
 
 def topk_tokens(votes: Tensor, start_loc: Tensor, k: int) -> Tensor:

@@ -32,6 +32,7 @@ def score_tokens(
     key_scales: Tensor | None,
     key_center: Tensor | None,
     horizon: float,
+    prior: float,
 ) -> tuple[Tensor, Tensor]:
     """`score_tokens` with its pages and distances as plain tensors and numbers."""
     views = [
@@ -40,7 +41,7 @@ def score_tokens(
     ]
     table = PageTable(pages, page_size, padding)
     votes, start_loc = score.score_tokens(
-        queries, keys, table, sequences, candidates, views, scale, context, key_scales, key_center, horizon
+        queries, keys, table, sequences, candidates, views, scale, context, key_scales, key_center, horizon, prior
     )
     return votes, start_loc.clone()  # ours is kept for the next layer
 

@@ -64,6 +64,7 @@ def score_tokens(
     key_scales: Tensor | None = None,
     key_center: Tensor | None = None,
     horizon: float = 0.0,
+    prior: float = 0.0,
     spans: Spans | None = None,
     served: Tensor | None = None,
     maxima: Maxima | None = None,
@@ -91,6 +92,7 @@ def score_tokens(
         [_whole(view) for view in distances],
         scale,
         float(horizon) if horizon else None,
+        float(prior),
         served,
         maxima,
         is_settled and served is None and _are_contiguous(queries, key_center),
@@ -180,6 +182,7 @@ class _Call:
     views: list[Distances]
     scale: float
     horizon: float | None
+    prior: float
     served: Tensor | None
     maxima: Maxima | None
     is_settled: bool
@@ -219,8 +222,8 @@ class _Call:
         tiles_summed = max(1, chunk // block_t, room // at_once)
         sum_votes[groups, -(-num_tiles // tiles_summed)](
             weights, peaks, totals, candidates, context, served, spans.start_loc[part.first :], votes, maxima,
-            num_listed, self.horizon, blocks, num_tiles * pieces, groups, chunks, CHUNK=chunk, KV=num_kv_heads,
-            KV_PAD=kv_pad, KV_AT_ONCE=max(1, min(kv_pad, room // tiles_summed)), GROUP=shape.group,
+            num_listed, self.horizon, self.prior, blocks, num_tiles * pieces, groups, chunks, CHUNK=chunk,
+            KV=num_kv_heads, KV_PAD=kv_pad, KV_AT_ONCE=max(1, min(kv_pad, room // tiles_summed)), GROUP=shape.group,
             GROUP_PAD=shape.group_pad, BLOCKS=shape.blocks, LAUNCHES=len(launches), ROWS=shape.rows,
             PIECES=tiles_summed * pieces,
             num_warps=8 if self.served is not None and kv_pad > 4 else 4, **overlap(device),  # 4 had to spill

@@ -326,7 +326,7 @@ def _powers(
 
 @triton.jit
 def sum_votes(
-    weights, peaks, totals, candidates, context, served, start_loc, votes, maxima, num_listed, horizon,
+    weights, peaks, totals, candidates, context, served, start_loc, votes, maxima, num_listed, horizon, prior,
     num_blocks, num_pieces, num_groups, num_chunks,
     CHUNK: tl.constexpr, KV: tl.constexpr, KV_PAD: tl.constexpr, KV_AT_ONCE: tl.constexpr, GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr, BLOCKS: tl.constexpr, LAUNCHES: tl.constexpr, ROWS: tl.constexpr,
@@ -371,7 +371,7 @@ def sum_votes(
             mine = (r // GROUP_PAD % BLOCKS == n) & (r % GROUP_PAD < GROUP)
             own_votes = tl.sum(tl.sum(tl.where(mine[None, None, None, :], out, 0.0), axis=3), axis=0)
             if horizon is not None:
-                own_votes *= horizon / (horizon + (high - offset).to(tl.float32))
+                own_votes = (own_votes + prior) * (horizon / (horizon + (high - offset).to(tl.float32)))
             place = votes + tl.load(start_loc + block) + offset - low
             is_vote = (offset >= low) & (offset < high)
             tl.store(place, own_votes, mask=is_vote)
