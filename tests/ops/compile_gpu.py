@@ -99,7 +99,7 @@ def steady_step() -> None:
     case = big_votes(2, torch.bfloat16)
     spans = Spans([1000] * 2, [1] * 2, 2000, torch.tensor([0, 772, 1544]))
     given = (case.queries, case.cache.keys, case.cache.pages, case.of, case.candidates, case.views, case.scale)
-    maxima = Maxima.of(2, 1000, 64, torch.device("cpu"))
+    maxima = Maxima.of(2, 64, torch.device("cpu"))
     votes, start_loc = score_tokens(*given, spans=spans, served=served, maxima=maxima)
     topk_tokens(votes, start_loc, 64, 1000, into=slots[:, 16:80], firsts=firsts, served=served, maxima=maxima)
     keys, rotation = case.cache.keys, angles(200, 64)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -301,6 +302,7 @@ KINDS: dict[str, Callable[[int], Tensor]] = {
     "ties": lambda n: torch.randint(0, 7, (n,)) / 7,
     "tiny": lambda n: torch.rand(n) * 1e-40,
     "wide": lambda n: torch.exp(torch.randn(n) * 30),
+    "at one end": lambda n: (torch.rand(n) + 0.1) / torch.arange(n, 0, -1),
     "infinite": lambda n: torch.where(torch.rand(n) < 0.1, float("inf"), torch.rand(n)),
 }
 
@@ -315,6 +317,42 @@ def test_topk_is_exact_and_prefers_the_lowest_index(kind: str, count: int, k: in
 def test_topk_of_many_votes() -> None:
     votes, start_loc = torch.randint(0, 1 << 16, (40_000,)).float(), torch.tensor([0, 40_000])
     assert torch.equal(ours.topk_tokens(votes, start_loc, 2048), reference.topk_tokens(votes, start_loc, 2048))
+
+
+def chunk_maxima(votes: Tensor, chunks: int) -> Tensor:
+    """Bits of the largest of each n-th vote, -1 where there is none."""
+    bits = torch.nn.functional.pad(votes.view(torch.int32), (0, -len(votes) % chunks), value=-1)
+    return bits.view(-1, chunks).amax(0)
+
+
+@pytest.mark.parametrize("scoring", ["position_free", "distance", "mix"])
+def test_votes_come_with_the_maxima_of_their_chunks(scoring: str) -> None:
+    from tokenselect.ops.gpu.score import score_tokens
+    from tokenselect.ops.gpu.topk import Maxima
+
+    case = votes_case(scoring=scoring, horizon=20.0, prior=1e-3)
+    maxima = Maxima.of(len(case.of), 1, DEVICE)
+    maxima = replace(maxima, chunks=16, values=torch.full((16 * len(case.of),), 1 << 30, dtype=torch.int32).to(DEVICE))
+    given = case.queries, case.cache.keys, case.cache.pages, case.of, case.candidates, case.views
+    votes, start_loc = score_tokens(*map(moved, given), case.scale, horizon=20.0, prior=1e-3, maxima=maxima)
+    votes, start_loc = votes.cpu(), start_loc.tolist()
+    expected = [chunk_maxima(votes[a:b], 16) for a, b in pairwise(start_loc)]
+    assert torch.equal(maxima.values.cpu().view(-1, 16), torch.stack(expected))
+    assert maxima.num_listed.tolist() == [0] * len(case.of)
+
+
+def test_few_more_votes_are_listed_than_chosen_where_the_nearest_have_most() -> None:
+    """Else every program would go through a long list again and again."""
+    from tokenselect.ops.gpu.topk import Maxima, topk_tokens
+
+    count, k = 60_000, 512
+    votes, start_loc = KINDS["at one end"](count), torch.tensor([0, count])
+    maxima = Maxima.of(1, k, DEVICE)
+    maxima.values.copy_(chunk_maxima(votes, maxima.chunks))
+    maxima.num_listed.zero_()
+    chosen = topk_tokens(votes.to(DEVICE), start_loc, k, maxima=maxima)
+    assert torch.equal(chosen.cpu(), reference.topk_tokens(votes, start_loc, k))
+    assert k <= int(maxima.num_listed) < 1.5 * k
 
 
 def test_topk_of_a_ragged_batch() -> None:

@@ -196,7 +196,7 @@ class SteadyLayer:
         tables, config, (batch, _, capacity, _) = self.tables, self.tables.config, self.tables.cache
         spans = Spans([capacity] * batch, [1] * batch, batch * capacity, tables.start_loc)
         keys, key_scales, center = self.layer.scored_rows()
-        maxima = Maxima.of(batch, capacity, config.num_selected_tokens, queries.device)
+        maxima = Maxima.of(batch, config.num_selected_tokens, queries.device)
         votes, _ = score_tokens(
             queries, keys, tables.pages, tables.sequences, tables.candidates, tables.distances,
             vote_scale(scale, tables.table, config), None, key_scales, center, config.vote_horizon,

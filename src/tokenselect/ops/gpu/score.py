@@ -207,23 +207,24 @@ class _Call:
         blocks, own = part.last - part.first, slice(part.first, part.last)
         candidates, context = self.candidates[own], self.context[own]
         served = None if self.served is None else self.served[own]
+        maxima, num_listed, chunks = None, None, 0
+        if self.maxima is not None:
+            chunks = self.maxima.chunks
+            maxima, num_listed = self.maxima.values[part.first * chunks :], self.maxima.num_listed[part.first :]
         for i, launch in enumerate(launches):
             self._score_views(launch, shape, own, block_t, tiles_each, weights[i], peaks[i], stats[i])
             reduce_rows[groups, num_kv_heads, shape.rows](
-                stats[i], totals[i], context, served, blocks, shares, tiles_each * block_t, BLOCKS=shape.blocks,
-                ROWS=shape.rows, GROUP_PAD=shape.group_pad, BLOCK=256, num_warps=4, **overlap(device),
+                stats[i], totals[i], context, served, maxima, num_listed, chunks, blocks, shares, tiles_each * block_t,
+                BLOCKS=shape.blocks, ROWS=shape.rows, GROUP_PAD=shape.group_pad, BLOCK=256, num_warps=4,
+                **overlap(device),
             )  # fmt: skip
-        maxima, num_listed, chunks, chunk = None, None, 0, 0
-        if self.maxima is not None:
-            chunks, chunk = self.maxima.chunks, self.maxima.chunk
-            maxima, num_listed = self.maxima.values[part.first * chunks :], self.maxima.num_listed[part.first :]
         kv_pad, room = _power_of_2(num_kv_heads), max(1, _TOKEN_ROWS_SUMMED // (block_t * shape.rows))
         at_once = kv_pad if self.served is None else 1  # fewer programs where they may have nothing to do
-        tiles_summed = max(1, chunk // block_t, room // at_once)
+        tiles_summed = max(1, room // at_once)
         sum_votes[groups, -(-num_tiles // tiles_summed)](
             weights, peaks, totals, candidates, context, served, spans.start_loc[part.first :], votes, maxima,
-            num_listed, self.horizon, self.prior, blocks, num_tiles * pieces, groups, chunks, CHUNK=chunk,
-            KV=num_kv_heads, KV_PAD=kv_pad, KV_AT_ONCE=max(1, min(kv_pad, room // tiles_summed)), GROUP=shape.group,
+            self.horizon, self.prior, blocks, num_tiles * pieces, groups, chunks, KV=num_kv_heads, KV_PAD=kv_pad,
+            KV_AT_ONCE=max(1, min(kv_pad, room // tiles_summed)), GROUP=shape.group,
             GROUP_PAD=shape.group_pad, BLOCKS=shape.blocks, LAUNCHES=len(launches), ROWS=shape.rows,
             PIECES=tiles_summed * pieces,
             num_warps=8 if self.served is not None and kv_pad > 4 else 4, **overlap(device),  # 4 had to spill

@@ -261,15 +261,25 @@ def _turned_back(k, rows, cos, sin, run, d, is_token, HALF: tl.constexpr, INTERL
 
 @triton.jit
 def reduce_rows(
-    stats, totals, context, served, num_blocks, num_shares, share_size, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
-    GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    stats, totals, context, served, maxima, num_listed, num_chunks, num_blocks, num_shares, share_size,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid [groups, num_kv_heads, ROWS]: maximum and sums of a row over the shares that its context reaches into."""
+    """Grid [groups, num_kv_heads, ROWS]: maximum and sums of a row over the shares that its context reaches into.
+
+    Where `maxima` are wanted, they are made ready for `sum_votes`.
+    """
     r = tl.program_id(2)
     block = tl.minimum(tl.program_id(0) * BLOCKS + r // GROUP_PAD % BLOCKS, num_blocks - 1)
     length = (tl.load(context + 2 * block + 1) - tl.load(context + 2 * block)).to(tl.int32)
     if is_served(served, tl.program_id(0) * BLOCKS):
         return
+    if maxima is not None:
+        first, last = tl.program_id(0) * BLOCKS, tl.minimum((tl.program_id(0) + 1) * BLOCKS, num_blocks)
+        lane, own = tl.arange(0, BLOCK), tl.program_id(1) * ROWS + r
+        for at in range(first * num_chunks + own * BLOCK, last * num_chunks, tl.num_programs(1) * ROWS * BLOCK):
+            tl.store(maxima + at + lane, -1, mask=at + lane < last * num_chunks)
+        if own == 0:
+            tl.store(num_listed + first + lane, 0, mask=first + lane < last)
     after_predecessor(OVERLAP)  # which read that too
     shares = tl.cdiv(length, share_size)
     own_place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
@@ -326,15 +336,15 @@ def _powers(
 
 @triton.jit
 def sum_votes(
-    weights, peaks, totals, candidates, context, served, start_loc, votes, maxima, num_listed, horizon, prior,
+    weights, peaks, totals, candidates, context, served, start_loc, votes, maxima, horizon, prior,
     num_blocks, num_pieces, num_groups, num_chunks,
-    CHUNK: tl.constexpr, KV: tl.constexpr, KV_PAD: tl.constexpr, KV_AT_ONCE: tl.constexpr, GROUP: tl.constexpr,
+    KV: tl.constexpr, KV_PAD: tl.constexpr, KV_AT_ONCE: tl.constexpr, GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr, BLOCKS: tl.constexpr, LAUNCHES: tl.constexpr, ROWS: tl.constexpr,
     PIECES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [groups, shares of PIECES pieces]: add the normalised weights of all heads and views, some KV heads at once.
 
-    Where `maxima` of chunks of CHUNK votes are wanted (see `topk.Maxima`), a context has candidates only. Only totals
+    Where `maxima` are wanted (see `topk.Maxima`), a context has candidates only. Only totals
     are new: what `score_tiles` left was complete before the kernel in between began, so it is asked for at once.
     """
     group, first_piece = tl.program_id(0), (tl.num_programs(1) - 1 - tl.program_id(1)) * PIECES
@@ -376,9 +386,6 @@ def sum_votes(
             is_vote = (offset >= low) & (offset < high)
             tl.store(place, own_votes, mask=is_vote)
             if maxima is not None:
-                bits = tl.where(is_vote, own_votes.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
-                chunk = first_piece * PIECE // CHUNK + tl.arange(0, PIECES * PIECE // CHUNK)
-                most = tl.max(tl.reshape(bits, [PIECES * PIECE // CHUNK, CHUNK]), axis=1)
-                tl.store(maxima + block.to(tl.int64) * num_chunks + chunk, most, mask=chunk < num_chunks)
-                if first_piece == 0:
-                    tl.store(num_listed + block, 0)
+                bits = own_votes.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+                own = maxima + block * num_chunks + (offset & num_chunks - 1)
+                tl.atomic_max(own, bits, mask=is_vote, sem="relaxed")

@@ -1,8 +1,9 @@
 """The most votes on a GPU: exact, ascending, ties to the lowest index, and the host never waits.
 
-Votes are not negative, so their bits order them. At least k votes reach the k-th largest maximum of any chunks of them,
-and few do but those that win. These are listed; then every program finds the exact threshold among them and writes the
-chosen positions of its own slice.
+Votes are not negative, so their bits order them. At least k votes reach the k-th largest maximum of any parts of them.
+A part, called a chunk, is every n-th vote here: so large ones that lie side by side are in different chunks, and few
+votes reach that maximum but those that win. These are listed; then every program finds the exact threshold among them
+and writes the chosen positions of its own slice.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from tokenselect.ops.gpu.device_code import after_predecessor, is_served
 
 _LEAST_SLICE, _MOST_SLICE, _SLICES = 1024, 8192, 128  # votes per program, and programs wanted
 _AT_HAND = 4096  # how much of a list a program holds
-_CHUNKS_PER_CHOICE, _LEAST_CHUNKS = 2, 4096  # at most, and where few are chosen
+_CHUNKS_PER_CHOICE, _LEAST_CHUNKS = 2, 4096  # at least
+_CHUNKS_EACH, _MOST_ROWS = 32, 64  # of a program that finds maxima, and votes of each that it has at hand
 _WARPS = 8
 
 
@@ -40,22 +42,22 @@ def _block(start_loc):
 
 @triton.jit
 def find_maxima(
-    votes, start_loc, served, maxima, num_listed, num_chunks, SLICE: tl.constexpr, CHUNK: tl.constexpr,
+    votes, start_loc, served, maxima, num_listed, num_chunks, EACH: tl.constexpr, ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid [num_blocks, slices]: the maximum of every chunk; -1 for chunks of no votes."""
+    """Grid [num_blocks, shares of EACH chunks]: the maximum of every chunk; -1 for chunks of no votes."""
     after_predecessor(OVERLAP)
     if is_served(served, tl.program_id(0)):
         return
     start, count = _block(start_loc)
-    block, edge = tl.program_id(0), tl.program_id(1) * SLICE
     if tl.program_id(1) == 0:
-        tl.store(num_listed + block, 0)
-    chunk = tl.arange(0, SLICE // CHUNK)
-    offset = edge + chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    most = tl.max(_bits(votes, start + offset, offset < count), axis=1)
-    place = edge // CHUNK + chunk
-    tl.store(maxima + block.to(tl.int64) * num_chunks + place, most, mask=place < num_chunks)
+        tl.store(num_listed + tl.program_id(0), 0)
+    chunk = tl.program_id(1) * EACH + tl.arange(0, EACH)
+    most = tl.full([EACH], -1, tl.int32)
+    for row in range(0, tl.cdiv(count, num_chunks), ROWS):
+        offset = (row + tl.arange(0, ROWS))[:, None] * num_chunks + chunk[None, :]
+        most = tl.maximum(most, tl.max(_bits(votes, start + offset, offset < count), axis=0))
+    tl.store(maxima + tl.program_id(0) * num_chunks + chunk, most)
 
 
 @triton.jit
@@ -117,7 +119,7 @@ def _between(values, first, n, k, most, low, high, lane, AT_HAND: tl.constexpr):
 @triton.jit
 def list_votes(
     votes, start_loc, served, maxima, listed, listed_at, num_listed, bounds, num_chunks, k, size,
-    SLICE: tl.constexpr, CHUNK: tl.constexpr, AT_HAND: tl.constexpr, OVERLAP: tl.constexpr,
+    SLICE: tl.constexpr, AT_HAND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid [num_blocks, slices]: list, in any order, the votes that reach about the k-th largest maximum."""
     start, count = _block(start_loc)
@@ -127,9 +129,9 @@ def list_votes(
     after_predecessor(OVERLAP)  # which read that too
     if edge >= count:
         return
-    maxima += block.to(tl.int64) * num_chunks
+    maxima += block * num_chunks
     lane = tl.arange(0, AT_HAND)
-    chunks = tl.cdiv(count, CHUNK)
+    chunks = tl.minimum(count, num_chunks)  # the first ones, which have votes
     first = tl.load(maxima + lane, mask=lane < chunks, other=-1)
     offset = edge + tl.arange(0, SLICE)
     bits = _bits(votes, start + offset, offset < count)
@@ -218,22 +220,19 @@ class Maxima:
     Attributes:
         values: [num_blocks * chunks] int32, bits of the largest vote of each; -1: there is none.
         num_listed: [num_blocks] int32, 0.
-        chunk: votes in each, a power of 2.
-        chunks: of a block.
+        chunks: of a block, n, a power of 2; the i-th has the votes i, i + n, i + 2 n and so on.
     """
 
     values: Tensor
     num_listed: Tensor
-    chunk: int
     chunks: int
 
     @classmethod
-    def of(cls, blocks: int, longest: int, k: int, device: torch.device) -> Maxima:
+    def of(cls, blocks: int, k: int, device: torch.device) -> Maxima:
         """Room for them, not written to."""
-        chunk = min(_slice(longest), _per_chunk(longest, k))
-        chunks = triton.cdiv(longest, chunk)
+        chunks = triton.next_power_of_2(max(_CHUNKS_PER_CHOICE * k, _LEAST_CHUNKS))
         room = torch.empty(blocks * (chunks + 1), dtype=torch.int32, device=device)
-        return cls(room[: blocks * chunks], room[blocks * chunks :], chunk, chunks)
+        return cls(room[: blocks * chunks], room[blocks * chunks :], chunks)
 
 
 def topk_tokens(
@@ -266,16 +265,16 @@ def topk_tokens(
     out = torch.empty((blocks, k), dtype=torch.int64, device=device) if into is None else into
     start_loc, grid = start_loc.to(device), (blocks, triton.cdiv(longest, size))
     if maxima is None:
-        maxima = Maxima.of(blocks, longest, k, device)
-        find_maxima[grid](
+        maxima = Maxima.of(blocks, k, device)
+        rows = triton.next_power_of_2(triton.cdiv(longest, maxima.chunks))
+        find_maxima[blocks, maxima.chunks // _CHUNKS_EACH](
             votes, start_loc, served, maxima.values, maxima.num_listed, maxima.chunks,
-            SLICE=size, CHUNK=maxima.chunk, num_warps=_WARPS, **overlap(device),
+            EACH=_CHUNKS_EACH, ROWS=min(_MOST_ROWS, rows), num_warps=_WARPS, **overlap(device),
         )  # fmt: skip
     chunks, num_listed = maxima.chunks, maxima.num_listed
     list_votes[grid](
         votes, start_loc, served, maxima.values, listed, listed_at, num_listed, bounds, chunks, k, longest,
-        SLICE=size, CHUNK=maxima.chunk, AT_HAND=min(_AT_HAND, triton.next_power_of_2(chunks)), num_warps=_WARPS,
-        **overlap(device),
+        SLICE=size, AT_HAND=_AT_HAND, num_warps=_WARPS, **overlap(device),
     )  # fmt: skip
     write_chosen[grid](
         votes, start_loc, served, listed, listed_at, num_listed, bounds, out, firsts, k, longest, out.stride(0),
@@ -296,8 +295,3 @@ def _longest(votes: Tensor, start_loc: Tensor) -> int:
         return votes.shape[0]
     bounds = on_host(start_loc)
     return max(b - a for a, b in pairwise(bounds))
-
-
-def _per_chunk(longest: int, k: int) -> int:
-    """Votes per chunk, a power of 2: more chunks than are chosen, no more than a program holds."""
-    return 1 << (-(-longest // max(_CHUNKS_PER_CHOICE * k, _LEAST_CHUNKS)) - 1).bit_length()
