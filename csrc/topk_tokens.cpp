@@ -1,4 +1,5 @@
-// Exact top-k: at least k votes reach the k-th largest maximum of any groups of them, and few do but those that win.
+// Exact top-k: at least k votes reach the k-th largest maximum of any groups of them. A group is every n-th vote here:
+// so large ones that lie side by side are in different groups, and few votes reach that maximum but those that win.
 // These are listed, and the threshold is found among them. Ascending output, ties to the lowest index.
 #include "simd.h"
 
@@ -31,32 +32,41 @@ TS_INLINE int64_t compress(vu values, uint32_t marked, uint32_t* out) {
 #endif
 }
 
-// What one thread has of a block: its votes, the maxima of their groups, and those that may be chosen.
+TS_INLINE vu larger(vu a, vu b) { return a > b ? a : b; }
+
+// Maxima of the groups to which the votes `first .. first + width - 1` belong and those every `num_groups` further on;
+// 0, which all votes reach, where there are none. A width is of whole vectors.
+void find_maxima(const float* votes, int64_t n, int64_t first, int64_t width, int64_t num_groups, uint32_t* maxima) {
+  __builtin_memset(maxima, 0, width * sizeof(uint32_t));
+  for (; first + 3 * num_groups + width <= n; first += 4 * num_groups)
+    for (int64_t i = 0; i < width; i += W) {
+      const float* at = votes + first + i;
+      const vu a = larger(ordered(load<vf>(at)), ordered(load<vf>(at + num_groups)));
+      const vu b = larger(ordered(load<vf>(at + 2 * num_groups)), ordered(load<vf>(at + 3 * num_groups)));
+      store(maxima + i, larger(load<vu>(maxima + i), larger(a, b)));
+    }
+  for (; first < n; first += num_groups) {
+    const int64_t here = n - first < width ? n - first : width;
+    int64_t i = 0;
+    for (; i + W <= here; i += W) {
+      store(maxima + i, larger(load<vu>(maxima + i), ordered(load<vf>(votes + first + i))));
+    }
+    for (; i < here; i++) {
+      const uint32_t value = ordered(votes[first + i]);
+      if (value > maxima[i]) maxima[i] = value;
+    }
+  }
+}
+
+// What one thread has of a block: its votes, and those that may be chosen.
 struct Part {
   const float* votes;
   int64_t first, n;  // index of its first vote; votes
-  uint32_t *maxima, *values, *indices;
-  int64_t num_maxima, num_listed;
+  uint32_t *values, *indices;
+  int64_t num_listed;
 
-  void find_maxima(int64_t group);
   void list(uint32_t floor);
 };
-
-// A group: votes that are W apart, so that no vector's values meet. 0, which all votes reach, where there are none.
-void Part::find_maxima(int64_t group) {
-  num_maxima = 0;
-  for (int64_t i = 0; i < n; num_maxima += W) {
-    vu most{};
-    for (const int64_t end = i + group * W; i < n && i < end; i += W) {
-      vu value{};
-      if (i + W <= n) value = ordered(load<vf>(votes + i));
-      else
-        for (int64_t j = i; j < n; j++) value[j - i] = ordered(votes[j]);
-      most = value > most ? value : most;
-    }
-    store(maxima + num_maxima, most);
-  }
-}
 
 void Part::list(uint32_t floor) {
   num_listed = 0;
@@ -112,23 +122,21 @@ void write(const Part* parts, int64_t count, int64_t k, int64_t* out) {
 }
 
 void select_block(const float* votes, int64_t n, int64_t k, int64_t* out, int64_t count) {
-  const int64_t fair = n / (kGroupsPerChoice * k), group = fair > 1 ? fair : 1;
-  const int64_t most = padded((n + count - 1) / count) + W, groups = (most + group * W - 1) / (group * W) * W;
+  const int64_t wanted = kGroupsPerChoice * k < n ? kGroupsPerChoice * k : n;
+  const int64_t width = padded((wanted + count - 1) / count), num_groups = count * width;
+  const int64_t most = padded((n + count - 1) / count) + W;
   Part* parts = (Part*)scratch(0, count * sizeof(Part));
-  uint32_t* room = (uint32_t*)scratch(1, count * (groups + 2 * most) * sizeof(uint32_t));
-  for (int64_t p = 0; p < count; p++, room += groups + 2 * most) {
+  uint32_t* maxima = (uint32_t*)scratch(1, (num_groups + count * 2 * most) * sizeof(uint32_t));
+  uint32_t* room = maxima + num_groups;
+  for (int64_t p = 0; p < count; p++, room += 2 * most) {
     const int64_t first = p * n / count;
-    parts[p] = {votes + first, first, (p + 1) * n / count - first, room, room + groups, room + groups + most, 0, 0};
+    parts[p] = {votes + first, first, (p + 1) * n / count - first, room, room + most, 0};
   }
   auto find = [&](int64_t a, int64_t b) {
-    for (int64_t p = a; p < b; p++) parts[p].find_maxima(group);
+    for (int64_t p = a; p < b; p++) find_maxima(votes, n, p * width, width, num_groups, maxima + p * width);
   };
   parallel_for(count, 1, find);
-  const uint32_t floor = kth_largest(k, [&](uint32_t at) {
-    int64_t sum = 0;
-    for (int64_t p = 0; p < count; p++) sum += reach(parts[p].maxima, parts[p].num_maxima, at);
-    return sum;
-  });
+  const uint32_t floor = kth_largest(k, [&](uint32_t at) { return reach(maxima, num_groups, at); });
   auto list = [&](int64_t a, int64_t b) {
     for (int64_t p = a; p < b; p++) parts[p].list(floor);
   };

@@ -15,7 +15,7 @@ from benchmarks.shapes import SHAPES, Shape
 from tokenselect.config import TokenSelectConfig
 from tokenselect.ops import Backend
 from tokenselect.ops.paging import PageTable
-from tokenselect.ops.reference import Distances, rotate
+from tokenselect.ops.reference import Distances, aged, rotate
 from tokenselect.selection import Block, SelectionPlan, plan_selection
 
 SCORINGS = ("merged", "mix", "position_free", "distance")
@@ -23,6 +23,7 @@ KEYS = ("bf16", "int8")
 LAYOUTS = ("contiguous", "pages of 256", "pages of 16")
 # Votes are shares of 1: what counts is the error next to the vote. The baseline rounds its logits to bf16.
 _TOLERANCE = 5e-2
+_CONFIG = TokenSelectConfig()  # how votes count by age
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ class Score(Case):
             None,
             self.keys.row_scales(variant, self.layout),
             self.keys.center,
+            _CONFIG.vote_horizon,
+            _CONFIG.vote_prior,
         )
         return votes
 
@@ -109,7 +112,8 @@ class Score(Case):
     def _matmul(self, variant: int) -> Tensor:
         first, last = self.plan.candidates[0].tolist()
         keys = self.keys.rows(variant, self.layout).transpose(0, 1)[:, first:last]
-        return torch.stack([self._vote(keys, view) for view in self.plan.distances]).sum(0)
+        votes = torch.stack([self._vote(keys, view) for view in self.plan.distances]).sum(0)
+        return aged(votes, _CONFIG.vote_horizon, _CONFIG.vote_prior)
 
     def _vote(self, keys: Tensor, view: Distances) -> Tensor:
         """Votes [T] of one view of the distances; a run that is not full keeps it from being one product."""

@@ -10,18 +10,22 @@ from torch import Tensor
 
 from benchmarks.buffers import num_copies
 from benchmarks.operations.case import Call, Case
+from tokenselect.config import TokenSelectConfig
 from tokenselect.ops import Backend
+from tokenselect.ops.reference import aged
 
 _K = 2048
+_CONFIG = TokenSelectConfig()
 
 
 class TopK(Case):
-    """The top 2,048 of votes that are spread as those of a softmax, most of them near nothing."""
+    """The top 2,048 of votes that are spread as a softmax spreads them, most near nothing, and count by their age."""
 
     def __init__(self, name: str, length: int) -> None:
         self.key = {"operation": "topk_tokens", "shape": name, "length": length}
         self.num_variants, self.num_bytes = num_copies(4 * length), 4 * length
-        self.votes = torch.randn(self.num_variants, length).mul_(2).exp_()
+        shares = torch.randn(self.num_variants, length).mul_(2).softmax(-1)
+        self.votes = aged(shares, _CONFIG.vote_horizon, _CONFIG.vote_prior)
         self.start_loc = torch.tensor([0, length])
         self.pools = [self.votes]
 
