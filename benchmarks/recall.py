@@ -39,7 +39,8 @@ class Compared:
         exact, start_loc = self.ops.score_tokens(queries, wide, pages, *rest)
         center = wide[:1024].mean(0)
         integers, scales = self.ops.quantize_rows(wide, center)
-        given = (*rest[:-3], scales, center[None], rest[-1])  # in place of the cache's own copy
+        of, candidates, distances, scale, context, _, _, *by_age = rest
+        given = of, candidates, distances, scale, context, scales, center[None], *by_age  # not the cache's own copy
         ways = {"int8": self.ops.score_tokens(queries, integers, pages, *given)[0]}
         ways["same"] = self.ops.score_tokens(queries, keys, pages, *rest)[0]
         for k in self.ks:
