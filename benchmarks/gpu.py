@@ -229,7 +229,7 @@ def step_phases(layers: list[Layer]) -> Iterator[tuple[str, list[Callable[[], ob
         for scoring, config in SCORINGS.items():
             yield f"step {name}{scoring}", steps(layers, config, by_int8)
             for layer in layers:
-                layer.plan = layer.one_distance if config is ONE_DISTANCE else layer.mixed
+                layer.config = config
             yield f"score {name}{scoring}", [partial(layer.score, by_int8) for layer in layers]
         yield f"copy of {name} keys", [layer.copy(by_int8) for layer in layers]
     votes = layers[0].score(False)
