@@ -31,6 +31,8 @@ def variants() -> Iterator[Variant]:
     yield Variant("default", "default", OURS)
     yield from _votes()
     yield from _of("scoring", "mix", "position_free", "distance")
+    yield from _of("position_free_weight", 0.0, 1.0, 4.0)
+    yield from _of("vote_prior", 0.0, 3e-5, 3e-4, 1e-3)
     yield from _of("vote_horizon", 0, 128, 2048)
     yield from _of("num_selected_tokens", 128, 256, 1024, 2048, 4096)
     yield from _thresholds("group_min", 0.9, 0.8, 0.95, 0.7, 0.5, 0.85, 1.0)
