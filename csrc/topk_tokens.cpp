@@ -48,9 +48,8 @@ void find_maxima(const float* votes, int64_t n, int64_t first, int64_t width, in
   for (; first < n; first += num_groups) {
     const int64_t here = n - first < width ? n - first : width;
     int64_t i = 0;
-    for (; i + W <= here; i += W) {
+    for (; i + W <= here; i += W)
       store(maxima + i, larger(load<vu>(maxima + i), ordered(load<vf>(votes + first + i))));
-    }
     for (; i < here; i++) {
       const uint32_t value = ordered(votes[first + i]);
       if (value > maxima[i]) maxima[i] = value;
