@@ -44,7 +44,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = "from setuptools import build_meta; print(build_meta.build_sdist('..'))"
     archive = run(sys.executable, "-c", build, cwd=folder / "source").split()[-1]
     with tarfile.open(folder / archive) as file:
-        file.extractall(folder, filter="data")
+        file.extraction_filter = getattr(tarfile, "data_filter", None)  # which Python 3.11.2 does not have
+        file.extractall(folder)
     return folder / archive.removesuffix(".tar.gz")
 
 

@@ -36,7 +36,7 @@ def vote(case: Votes) -> Callable[[Tensor], Tensor]:
         votes = torch.empty(count)
         torch.ops.tokenselect.score_tokens(
             queries * 2, case.cache.keys, _NOTHING, pages.pages, padding, pages.page_size, case.of, case.candidates,
-            case.candidates, *rotations, False, case.scale, start_loc, _NOTHING, *2 * [_NO_RUNS], 0.0, votes,
+            case.candidates, *rotations, False, case.scale, start_loc, _NOTHING, *2 * [_NO_RUNS], 0.0, 0.0, votes,
         )  # fmt: skip
         indices = torch.empty(4, 7, dtype=torch.int64)
         torch.ops.tokenselect.topk_tokens(votes * 1.0, start_loc, 7, indices)
