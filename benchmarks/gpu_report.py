@@ -38,7 +38,8 @@ best dense kernel that PyTorch has (cuDNN's or FlashAttention), whose times in m
 timed as they run: with the Selection Cache the device finds out by itself whether the last selection serves again, a
 hit, or not, a miss. Calls go round over as many layers as it takes for none to find keys or chosen tokens in the L2
 cache. A copy of 1 GB moves {copy} GB/s, bytes read and written; smaller ones are faster. Scoring is counted by the
-keys alone, which it reads once; what it writes, and how it pools queries, is in its time.
+keys alone, which it reads once; what it writes, and how it pools queries, is in its time. Votes of this run do not
+count by age (`vote_horizon=0`).
 
 ![times faster than dense, by context](../benchmarks/results/gpu.png)
 """
