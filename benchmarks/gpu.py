@@ -176,8 +176,9 @@ def check(layer: Layer) -> None:
     """Votes, choice and output against the definition, before anything is timed."""
     votes, start_loc = layer.score(False)
     expected, _ = layer.score(False, reference)
+    # What rounds logits rounds them three times as much by the default's scale: .008 (bf16) and .011 (int8) on a CPU.
     assert relative_error(votes, expected) < 2e-2
-    assert relative_error(layer.score(True)[0], expected) < 5e-2
+    assert relative_error(layer.score(True)[0], expected) < 2e-2
     chosen = gpu.topk_tokens(votes, start_loc, 2048)
     assert torch.equal(chosen, reference.topk_tokens(votes, start_loc, 2048))
     assert relative_error(layer.attend(layer.chosen), layer.attend(layer.chosen, reference)) < 1e-2

@@ -331,13 +331,15 @@ def test_votes_come_with_the_maxima_of_their_chunks(scoring: str) -> None:
     from tokenselect.ops.gpu.topk import Maxima
 
     case = votes_case(scoring=scoring, horizon=20.0, prior=1e-3)
-    maxima = Maxima.of(len(case.of), 1, DEVICE)
-    maxima = replace(maxima, chunks=16, values=torch.full((16 * len(case.of),), 1 << 30, dtype=torch.int32).to(DEVICE))
+    chunks = 32  # some of which have no vote
+    left = torch.full((chunks * len(case.of),), 1 << 30, dtype=torch.int32, device=DEVICE)  # by another call
+    maxima = replace(Maxima.of(len(case.of), 1, DEVICE), chunks=chunks, values=left)
     given = case.queries, case.cache.keys, case.cache.pages, case.of, case.candidates, case.views
     votes, start_loc = score_tokens(*map(moved, given), case.scale, horizon=20.0, prior=1e-3, maxima=maxima)
     votes, start_loc = votes.cpu(), start_loc.tolist()
-    expected = [chunk_maxima(votes[a:b], 16) for a, b in pairwise(start_loc)]
-    assert torch.equal(maxima.values.cpu().view(-1, 16), torch.stack(expected))
+    expected = torch.stack([chunk_maxima(votes[a:b], chunks) for a, b in pairwise(start_loc)])
+    assert torch.equal(maxima.values.cpu().view(-1, chunks), expected)
+    assert (expected == -1).any()
     assert maxima.num_listed.tolist() == [0] * len(case.of)
 
 

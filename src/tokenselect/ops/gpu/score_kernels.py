@@ -344,8 +344,8 @@ def sum_votes(
 ):  # fmt: skip
     """Grid [groups, shares of PIECES pieces]: add the normalised weights of all heads and views, some KV heads at once.
 
-    Where `maxima` are wanted (see `topk.Maxima`), a context has candidates only. Only totals
-    are new: what `score_tiles` left was complete before the kernel in between began, so it is asked for at once.
+    Where `maxima` are wanted (see `topk.Maxima`), a context has candidates only. Only totals are new: what
+    `score_tiles` left was complete before the kernel in between began, so it is asked for at once.
     """
     group, first_piece = tl.program_id(0), (tl.num_programs(1) - 1 - tl.program_id(1)) * PIECES
     if is_served(served, group * BLOCKS):
